@@ -1,0 +1,318 @@
+//! How work is run: instruction set, precision, threads and scratch memory, passed explicitly to every call.
+
+use crate::error::{Error, Result};
+use crate::scratch::{Block, Cut};
+use crate::simd::{Backend, Isa, Task, backend};
+use core::fmt;
+
+/// What accuracy the caller permits. A permission, not a demand: where an engine is missing, `F32` runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Precision {
+    /// Products in single precision.
+    #[default]
+    F32,
+    /// Products of operands split into two `bf16` parts: the accuracy class of `F32` on matrix units.
+    Bf16x3,
+    /// Products of operands rounded to `bf16`.
+    Bf16,
+}
+
+/// The one choice of code path, made when the runtime is built.
+#[derive(Clone, Copy, Debug)]
+enum Engine {
+    Portable(backend::Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(backend::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(backend::Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(backend::Neon),
+}
+
+impl Engine {
+    fn of(isa: Isa) -> Option<Self> {
+        match isa {
+            Isa::Portable => Some(Engine::Portable(backend::Portable)),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => backend::Avx2::detect().map(Engine::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => backend::Avx512::detect().map(Engine::Avx512),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => backend::Neon::detect().map(Engine::Neon),
+            #[allow(unreachable_patterns)] // each architecture leaves the others' arms to this one
+            _ => None,
+        }
+    }
+}
+
+/// Instruction set, precision, threads and scratch memory.
+///
+/// Cheap to keep, meant to be built once and shared by reference. Threads are those of the rayon pool that the
+/// caller is in; without the feature `parallel` everything runs on the calling thread.
+///
+/// ```
+/// use linattn::{Isa, Runtime};
+/// let rt = Runtime::new()?; // the best this machine has, as LINATTN_ISA and LINATTN_NUM_THREADS allow
+/// println!("{rt:?}");
+/// let plain = Runtime::builder().isa(Isa::Portable).threads(1).build()?;
+/// assert_eq!(plain.isa(), Isa::Portable);
+/// # Ok::<(), linattn::Error>(())
+/// ```
+pub struct Runtime {
+    engine: Engine,
+    precision: Precision,
+    threads: Option<usize>,
+    #[cfg(feature = "std")]
+    blocks: std::sync::Mutex<alloc::vec::Vec<Block>>,
+}
+
+/// Settings of a [`Runtime`].
+#[derive(Clone, Debug, Default)]
+pub struct Builder {
+    isa: Option<Isa>,
+    precision: Precision,
+    threads: Option<usize>,
+}
+
+impl Builder {
+    /// Demands an instruction set: [`Error::Isa`] at [`build`](Self::build) if the machine lacks it. The
+    /// environment is not consulted then.
+    #[must_use]
+    pub fn isa(mut self, isa: Isa) -> Self {
+        self.isa = Some(isa);
+        self
+    }
+
+    /// Permits a precision.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// Splits work into at most this many parts (at least one). Results do not depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads.max(1));
+        self
+    }
+
+    /// Checks the settings against machine and environment.
+    pub fn build(self) -> Result<Runtime> {
+        let isa = match self.isa {
+            Some(isa) => isa,
+            None => env_isa()?.unwrap_or_else(Isa::best),
+        };
+        Ok(Runtime {
+            engine: Engine::of(isa).ok_or_else(|| Isa::refuse(isa.name()))?,
+            precision: self.precision,
+            threads: match self.threads {
+                Some(n) => Some(n),
+                None => env_threads()?,
+            },
+            #[cfg(feature = "std")]
+            blocks: std::sync::Mutex::default(),
+        })
+    }
+}
+
+#[cfg(feature = "std")]
+fn env_isa() -> Result<Option<Isa>> {
+    match std::env::var("LINATTN_ISA") {
+        Ok(name) if !name.is_empty() => Isa::parse(&name).map(Some),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(feature = "std")]
+fn env_threads() -> Result<Option<usize>> {
+    match std::env::var("LINATTN_NUM_THREADS") {
+        Ok(n) if !n.is_empty() => match n.parse() {
+            Ok(n) if n >= 1 => Ok(Some(n)),
+            _ => Err(Error::value(
+                "runtime",
+                "LINATTN_NUM_THREADS",
+                "a number of at least 1",
+                n,
+            )),
+        },
+        _ => Ok(None),
+    }
+}
+
+#[cfg(not(feature = "std"))]
+fn env_isa() -> Result<Option<Isa>> {
+    Ok(None)
+}
+
+#[cfg(not(feature = "std"))]
+fn env_threads() -> Result<Option<usize>> {
+    Ok(None)
+}
+
+/// Work that can be divided between threads.
+pub(crate) trait Divide: Send + Sized {
+    /// How many indivisible parts it has.
+    fn units(&self) -> usize;
+    /// The first `mid` parts, and the rest.
+    fn split(self, mid: usize) -> (Self, Self);
+}
+
+impl Runtime {
+    /// The best instruction set of this machine, `F32`, the current rayon pool; `LINATTN_ISA` and
+    /// `LINATTN_NUM_THREADS` may ask for less.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// Settings to choose from.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        struct Ask;
+        impl Task for Ask {
+            type Output = Isa;
+            fn run<B: Backend>(self, _: B) -> Isa {
+                B::ISA
+            }
+        }
+        self.run(Ask)
+    }
+
+    /// The precision that was permitted.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The matrix engine that really runs: `f32`.
+    #[must_use]
+    pub fn engine(&self) -> &'static str {
+        struct Ask;
+        impl Task for Ask {
+            type Output = &'static str;
+            fn run<B: Backend>(self, _: B) -> &'static str {
+                <B::T as crate::simd::Tiles>::NAME
+            }
+        }
+        self.run(Ask)
+    }
+
+    /// The fixed printable name of the code path, such as `x86_64-f32-avx512-12x32`.
+    #[must_use]
+    pub fn kernel(&self) -> &'static str {
+        struct Ask;
+        impl Task for Ask {
+            type Output = &'static str;
+            fn run<B: Backend>(self, _: B) -> &'static str {
+                B::NAME
+            }
+        }
+        self.run(Ask)
+    }
+
+    /// How many parts work is split into at most.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        #[cfg(feature = "parallel")]
+        let pool = rayon::current_num_threads;
+        #[cfg(not(feature = "parallel"))]
+        let pool = || 1;
+        self.threads.unwrap_or_else(pool)
+    }
+
+    /// Runs `task` on the backend of this runtime: the only place where a code path is chosen.
+    pub fn run<T: Task>(&self, task: T) -> T::Output {
+        match self.engine {
+            Engine::Portable(b) => task.run(b),
+            #[cfg(target_arch = "x86_64")]
+            Engine::Avx2(b) => task.run(b),
+            #[cfg(target_arch = "x86_64")]
+            Engine::Avx512(b) => task.run(b),
+            #[cfg(target_arch = "aarch64")]
+            Engine::Neon(b) => task.run(b),
+        }
+    }
+
+    /// Divides `job` into at most [`threads`](Self::threads) parts of nearly equal size and runs `work` on each.
+    /// The parts depend on the thread count only; whatever crosses parts is not this function's business.
+    pub(crate) fn divide<J: Divide>(
+        &self,
+        job: J,
+        work: &(impl Fn(J) -> Result<()> + Sync),
+    ) -> Result<()> {
+        let parts = self.threads().min(job.units());
+        divide(job, parts, work)
+    }
+
+    /// `bytes` of scratch memory for `work`, kept for later calls.
+    pub(crate) fn with_scratch<R>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(Cut<'_>) -> R,
+    ) -> Result<R> {
+        let mut block = self.take_block(bytes);
+        block.grow(bytes)?;
+        let out = work(block.cut());
+        self.keep_block(block);
+        Ok(out)
+    }
+
+    /// Takes the largest kept block.
+    #[cfg(feature = "std")]
+    fn take_block(&self, bytes: usize) -> Block {
+        let mut kept = self
+            .blocks
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let fit = kept.iter().position(|b| b.bytes() >= bytes);
+        let at = fit.or(kept.len().checked_sub(1));
+        at.map_or_else(Block::new, |i| kept.swap_remove(i))
+    }
+
+    #[cfg(feature = "std")]
+    fn keep_block(&self, block: Block) {
+        self.blocks
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .push(block);
+    }
+
+    #[cfg(not(feature = "std"))]
+    fn take_block(&self, _: usize) -> Block {
+        Block::new()
+    }
+
+    #[cfg(not(feature = "std"))]
+    fn keep_block(&self, _: Block) {}
+}
+
+fn divide<J: Divide>(job: J, parts: usize, work: &(impl Fn(J) -> Result<()> + Sync)) -> Result<()> {
+    if parts <= 1 {
+        return work(job);
+    }
+    let left = parts / 2;
+    let mid = job.units() * left / parts;
+    let (a, b) = job.split(mid);
+    #[cfg(feature = "parallel")]
+    let (ra, rb) = rayon::join(|| divide(a, left, work), || divide(b, parts - left, work));
+    #[cfg(not(feature = "parallel"))]
+    let (ra, rb) = (divide(a, left, work), divide(b, parts - left, work));
+    ra.and(rb)
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime")
+            .field("kernel", &self.kernel())
+            .field("precision", &self.precision)
+            .field("threads", &self.threads())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,60 @@
+//! Working memory: aligned blocks that a runtime keeps between calls, cut up front to back.
+
+use crate::error::{Error, Result};
+use aligned_vec::{AVec, ConstAlign};
+
+const ALIGN: usize = 64;
+
+/// One aligned block.
+#[derive(Debug)]
+pub(crate) struct Block(AVec<u8, ConstAlign<ALIGN>>);
+
+impl Block {
+    pub(crate) fn new() -> Self {
+        Self(AVec::new(ALIGN))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Makes the block at least `bytes` long; what it held may be lost.
+    pub(crate) fn grow(&mut self, bytes: usize) -> Result<()> {
+        if bytes > self.0.len() {
+            let more = bytes - self.0.len();
+            if self.0.try_reserve_exact(more).is_err() {
+                return Err(Error::Alloc {
+                    op: "scratch",
+                    bytes,
+                });
+            }
+            self.0.resize(bytes, 0);
+        }
+        Ok(())
+    }
+
+    /// The block as a stack of slices.
+    pub(crate) fn cut(&mut self) -> Cut<'_> {
+        Cut(&mut self.0)
+    }
+}
+
+/// What is left of a block.
+#[derive(Debug)]
+pub struct Cut<'a>(&'a mut [u8]);
+
+impl<'a> Cut<'a> {
+    /// The next `len` elements, aligned to a cache line, with whatever values an earlier user left there.
+    /// Panics if the block was planned too small.
+    pub fn take<T: bytemuck::Pod>(&mut self, len: usize) -> &'a mut [T] {
+        let (head, tail) = core::mem::take(&mut self.0).split_at_mut(bytes_of::<T>(len));
+        self.0 = tail;
+        bytemuck::cast_slice_mut(&mut head[..len * size_of::<T>()])
+    }
+}
+
+/// Bytes that [`Cut::take`] consumes for `len` elements.
+#[must_use]
+pub const fn bytes_of<T>(len: usize) -> usize {
+    (len * size_of::<T>()).next_multiple_of(ALIGN)
+}

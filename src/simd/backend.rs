@@ -1,0 +1,151 @@
+//! A backend bundles vectors and a matrix engine, and is the only door to code compiled for them.
+//!
+//! [`Backend::call`] enters a [`Kernel`] through a function that carries the `target_feature`s. Everything
+//! below that door must inline; everything above it is ordinary code compiled for the baseline. Entering costs
+//! about half a nanosecond, so kernels are entered per tile loop or per row, and compiled once per backend.
+
+use super::convert::Convert;
+use super::isa::Isa;
+use super::lanes::Lanes;
+use super::lanes_portable::Portable as PortableLanes;
+use super::tiles::Tiles;
+use super::tiles_f32::Fma;
+use core::marker::PhantomData;
+
+/// Work that is compiled for a backend. Implementations of `run` are `#[inline(always)]`.
+pub trait Kernel<B: Backend> {
+    /// What it returns.
+    type Output;
+    /// Does the work.
+    fn run(self, b: B) -> Self::Output;
+}
+
+/// Work that spans many kernels and is generic over the backend: what the runtime dispatches.
+pub trait Task {
+    /// What it returns.
+    type Output;
+    /// Does the work; compiled for the baseline, enters kernels through [`Backend::call`].
+    fn run<B: Backend>(self, b: B) -> Self::Output;
+}
+
+/// One instruction set with one matrix engine. A value of it proves that the machine has both.
+pub trait Backend: Copy + Send + Sync + 'static {
+    /// Its vectors.
+    type L: Lanes;
+    /// Its matrix engine.
+    type T: Tiles<L = Self::L>;
+    /// Its conversions between element types.
+    type C: Convert;
+    /// The instruction set.
+    const ISA: Isa;
+    /// The printable name, `arch-type-variant`.
+    const NAME: &'static str;
+
+    /// The vector token.
+    fn lanes(self) -> Self::L;
+    /// The matrix token.
+    fn tiles(self) -> Self::T;
+    /// The conversion token.
+    fn convert(self) -> Self::C;
+    /// Runs `k` in code compiled for this backend.
+    fn call<K: Kernel<Self>>(self, k: K) -> K::Output;
+}
+
+/// The baseline of the target; always available.
+#[derive(Clone, Copy, Debug)]
+pub struct Portable;
+
+impl Backend for Portable {
+    type L = PortableLanes;
+    type T = Fma<PortableLanes, 6, 2>;
+    type C = super::convert::Generic;
+    const ISA: Isa = Isa::Portable;
+    const NAME: &'static str = "portable-f32-wide-6x8";
+
+    #[inline(always)]
+    fn lanes(self) -> PortableLanes {
+        PortableLanes
+    }
+    #[inline(always)]
+    fn tiles(self) -> Self::T {
+        Fma(PhantomData)
+    }
+    #[inline(always)]
+    fn convert(self) -> Self::C {
+        super::convert::Generic
+    }
+    #[inline(never)]
+    fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
+        k.run(self)
+    }
+}
+
+/// Declares a backend over a `pulp` token, entered with at least the features of that token.
+macro_rules! pulp_backend {
+    ($(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $mr:literal x $v:literal, $label:literal, $features:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name(super::lanes_pulp::Pulp<$token>);
+
+        impl $name {
+            /// The backend, if this machine has its instructions.
+            #[must_use]
+            pub fn detect() -> Option<Self> {
+                // SAFETY: `available` checked CPUID and XCR0 for every feature of the token.
+                $isa.available().then(|| Self(super::lanes_pulp::Pulp(unsafe { <$token>::new_unchecked() })))
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline(never)]
+            fn enter<K: Kernel<Self>>(self, k: K) -> K::Output {
+                k.run(self)
+            }
+        }
+
+        impl Backend for $name {
+            type L = super::lanes_pulp::Pulp<$token>;
+            type T = Fma<Self::L, $mr, $v>;
+            type C = super::convert::Generic;
+            const ISA: Isa = $isa;
+            const NAME: &'static str = $label;
+
+            #[inline(always)]
+            fn lanes(self) -> Self::L {
+                self.0
+            }
+            #[inline(always)]
+            fn tiles(self) -> Self::T {
+                Fma(PhantomData)
+            }
+            #[inline(always)]
+            fn convert(self) -> Self::C {
+                super::convert::Generic
+            }
+            #[inline(always)]
+            fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
+                // SAFETY: a value of this type exists only if the machine has the features of `enter`.
+                unsafe { self.enter(k) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+pulp_backend!(
+    /// AVX2 and FMA: 6 x 16 register tiles.
+    Avx2, pulp::x86::V3, Isa::Avx2, 6 x 2, "x86_64-f32-avx2-6x16",
+    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
+);
+
+#[cfg(target_arch = "x86_64")]
+pulp_backend!(
+    /// AVX-512: 12 x 32 register tiles.
+    Avx512, pulp::x86::V4, Isa::Avx512, 12 x 2, "x86_64-f32-avx512-12x32",
+    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+);
+
+#[cfg(target_arch = "aarch64")]
+pulp_backend!(
+    /// NEON: 6 x 16 register tiles.
+    Neon, pulp::aarch64::Neon, Isa::Neon, 6 x 4, "aarch64-f32-neon-6x16", "neon"
+);

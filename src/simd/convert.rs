@@ -1,0 +1,135 @@
+//! Widening and narrowing between storage types and `f32`, round to nearest even, NaN kept.
+//!
+//! [`Generic`] is written as straight-line integer arithmetic on slices, which vectorises for whatever
+//! instruction set the calling kernel was entered with. A backend with instructions of its own overrides it.
+
+use half::{bf16, f16};
+
+/// Conversions between storage types and `f32`. Slices of unequal length convert the shorter one's elements.
+pub trait Convert: Copy + Send + Sync + 'static {
+    /// `dst[i] = src[i]`
+    #[inline(always)]
+    fn widen_bf16(self, src: &[bf16], dst: &mut [f32]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = f32::from_bits(u32::from(s.to_bits()) << 16);
+        }
+    }
+    /// `dst[i] = round(src[i])`
+    #[inline(always)]
+    fn narrow_bf16(self, src: &[f32], dst: &mut [bf16]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = bf16::from_bits(bf16_bits(*s));
+        }
+    }
+    /// `dst[i] = src[i]`
+    #[inline(always)]
+    fn widen_f16(self, src: &[f16], dst: &mut [f32]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = f16_value(s.to_bits());
+        }
+    }
+    /// `dst[i] = round(src[i])`
+    #[inline(always)]
+    fn narrow_f16(self, src: &[f32], dst: &mut [f16]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = f16::from_bits(f16_bits(*s));
+        }
+    }
+}
+
+/// Arithmetic that any target has.
+#[derive(Clone, Copy, Debug)]
+pub struct Generic;
+
+impl Convert for Generic {}
+
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let b = x.to_bits();
+    let rounded = b.wrapping_add(0x7fff + (b >> 16 & 1)) >> 16;
+    let quiet = b >> 16 | 0x40;
+    (if b & 0x7fff_ffff > 0x7f80_0000 {
+        quiet
+    } else {
+        rounded
+    }) as u16
+}
+
+#[inline(always)]
+fn f16_value(h: u16) -> f32 {
+    let sign = u32::from(h & 0x8000) << 16;
+    let mag = u32::from(h & 0x7fff) << 13;
+    // Exponent rebiased by a multiplication, which also normalises subnormals; infinities and NaN keep all ones.
+    let finite = (f32::from_bits(mag) * f32::from_bits(0x7780_0000)).to_bits();
+    let special = mag | 0x7f80_0000;
+    f32::from_bits(
+        sign | if h & 0x7c00 == 0x7c00 {
+            special
+        } else {
+            finite
+        },
+    )
+}
+
+#[inline(always)]
+fn f16_bits(x: f32) -> u16 {
+    let b = x.to_bits();
+    let sign = (b >> 16 & 0x8000) as u16;
+    let mag = b & 0x7fff_ffff;
+    // Normal range: rebias and round the mantissa to ten bits, carrying into the exponent.
+    let normal = mag
+        .wrapping_sub(0x3800_0000)
+        .wrapping_add(0xfff + (mag >> 13 & 1))
+        >> 13;
+    // Subnormal range: adding one half aligns the mantissa so that the sum's own rounding is the right one.
+    let subnormal = (f32::from_bits(mag) + 0.5)
+        .to_bits()
+        .wrapping_sub(0x3f00_0000);
+    let nan = 0x7e00 | (mag >> 13 & 0x3ff);
+    let value = if mag < 0x3880_0000 { subnormal } else { normal };
+    let value = if mag >= 0x4780_0000 { 0x7c00 } else { value };
+    let value = if mag > 0x7f80_0000 { nan } else { value };
+    sign | value as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (want, got) = (f16::from_bits(bits).to_f32_const(), f16_value(bits));
+            assert!(
+                want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan(),
+                "f16 {bits:#06x}: {want} against {got}"
+            );
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even() {
+        let edges = (0..=u16::MAX).flat_map(|hi| {
+            [0, 1, 0xfff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff]
+                .map(|lo| u32::from(hi) << 16 | lo)
+        });
+        for bits in edges {
+            let x = f32::from_bits(bits);
+            let (b, h) = (bf16::from_bits(bf16_bits(x)), f16::from_bits(f16_bits(x)));
+            if x.is_nan() {
+                assert!(b.is_nan() && h.is_nan(), "NaN {bits:#010x} was lost");
+            } else {
+                assert_eq!(
+                    b.to_bits(),
+                    bf16::from_f32_const(x).to_bits(),
+                    "bf16 of {bits:#010x}"
+                );
+                assert_eq!(
+                    h.to_bits(),
+                    f16::from_f32_const(x).to_bits(),
+                    "f16 of {bits:#010x}"
+                );
+            }
+        }
+    }
+}

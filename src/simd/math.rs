@@ -1,0 +1,1 @@
+//! Vector math, written once over [`Lanes`].

@@ -1,0 +1,23 @@
+//! Everything that knows the name of an instruction set.
+//!
+//! [`Lanes`] is the vector vocabulary, [`Tiles`] the matrix vocabulary, [`Backend`] the pair of them for one
+//! machine level, and [`Isa`] says which levels this machine has. The folder is public so that kernels of
+//! other crates can be written against the same words.
+
+pub mod backend;
+pub mod convert;
+pub mod isa;
+pub mod lanes;
+pub mod lanes_portable;
+pub mod lanes_pulp;
+pub mod math;
+pub mod tiles;
+pub mod tiles_f32;
+
+pub use backend::{Backend, Kernel, Task};
+pub use isa::Isa;
+pub use lanes::Lanes;
+pub use tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
+
+/// Magnitudes below this are flushed to zero wherever a decaying state is written: 2^-100.
+pub const TINY: f32 = f32::from_bits(27 << 23);

@@ -1,0 +1,146 @@
+//! The vocabulary of matrix code: operands in an engine's own storage, and their product tile by tile.
+//!
+//! An engine decides how operands are stored ([`Tiles::Elem`], [`Tiles::pack_left`], [`Tiles::pack_right`])
+//! and multiplies them ([`Tiles::product`]). What happens to a finished piece of the result is the business of
+//! a [`Sink`], which sees plain vectors of `f32` and therefore works with every engine.
+
+use super::lanes::Lanes;
+
+/// How a left operand lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Element `(i, p)` at `i * stride + p`.
+    Rows(usize),
+    /// Element `(i, p)` at `p * stride + i`.
+    Columns(usize),
+}
+
+/// A left operand, `m x k`, ready for [`Tiles::product`].
+#[derive(Clone, Copy, Debug)]
+pub struct Left<'a, E> {
+    /// The elements.
+    pub data: &'a [E],
+    /// Where they lie.
+    pub order: Order,
+}
+
+/// Columns of a panel of a right operand: the same for every vector width, so that packed weights outlive
+/// the choice of an instruction set. Register tiles are as wide or divide it.
+pub const PANEL: usize = 32;
+
+/// A right operand, `k x n`, in panels of [`PANEL`] columns: element `(p, j)` lies at
+/// `(j / PANEL) * step + p * stride + j % PANEL`.
+#[derive(Clone, Copy, Debug)]
+pub struct Right<'a, E> {
+    /// The panels.
+    pub data: &'a [E],
+    /// Elements from one panel to the next.
+    pub step: usize,
+    /// Elements from one row to the next inside a panel; [`PANEL`] when packed.
+    pub stride: usize,
+}
+
+impl<'a, E> Right<'a, E> {
+    /// Packed panels of a right operand with `k` rows.
+    #[must_use]
+    pub fn packed(data: &'a [E], k: usize) -> Self {
+        Self {
+            data,
+            step: k * PANEL,
+            stride: PANEL,
+        }
+    }
+}
+
+/// Elements of a packed `k x n` right operand.
+#[must_use]
+pub const fn right_len(k: usize, n: usize) -> usize {
+    k * n.next_multiple_of(PANEL)
+}
+
+/// Where a right operand comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// Row `p` is `data[p * stride ..][..n]`.
+    Rows(&'a [f32], usize),
+    /// Column `j` is `data[j * stride ..][..k]`.
+    Columns(&'a [f32], usize),
+}
+
+/// One term of a sum of products: `left (m x k) * right (k x n)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Term<'a, E> {
+    /// `m x k`
+    pub left: Left<'a, E>,
+    /// `k x n`
+    pub right: Right<'a, E>,
+    /// The shared dimension.
+    pub k: usize,
+}
+
+/// `sink <- diag(scale) * first + second`, an `m x n` result.
+///
+/// With `causal`, row `i` of `second` is known to use columns `p <= i` only (its left operand is zero behind
+/// them), so that whole tiles above the diagonal are skipped.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a, E> {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// The scaled term, if any, with one factor per row.
+    pub first: Option<(Term<'a, E>, &'a [f32])>,
+    /// The plain term.
+    pub second: Option<Term<'a, E>>,
+    /// Whether `second` is lower triangular.
+    pub causal: bool,
+    /// Whether only the lower triangle of the result is wanted: tiles wholly above it never reach the sink.
+    pub lower: bool,
+}
+
+/// Takes the rows of finished tiles.
+pub trait Sink<L: Lanes> {
+    /// Row `i`, columns `j .. j + width` of the result, in `V` vectors of which the last may be partly filled.
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]);
+}
+
+/// A matrix engine.
+pub trait Tiles: Copy + Send + Sync + 'static {
+    /// The vectors that its sinks see.
+    type L: Lanes;
+    /// Storage of packed operands.
+    type Elem: bytemuck::Pod + Send + Sync;
+    /// Rows of a full tile: blocks of rows are best multiples of it.
+    const MR: usize;
+    /// Columns of a full tile; divides [`PANEL`].
+    const NR: usize;
+    /// The fixed name of the engine's microkernel.
+    const NAME: &'static str;
+
+    /// Packs a `k x n` right operand into panels, zeros behind the last column. `dst` has at least
+    /// [`right_len`] elements.
+    fn pack_right(self, l: Self::L, src: Source<'_>, k: usize, n: usize, dst: &mut [Self::Elem]);
+
+    /// Packs an `m x k` left operand; may return `src` itself when the engine can read it in place.
+    fn pack_left<'a>(
+        self,
+        l: Self::L,
+        src: Left<'a, f32>,
+        m: usize,
+        k: usize,
+        dst: &'a mut [Self::Elem],
+    ) -> Left<'a, Self::Elem>;
+
+    /// A `k x n` right operand from packed panels of `f32`; may return `src` itself.
+    fn view_right<'a>(
+        self,
+        l: Self::L,
+        src: &'a [f32],
+        k: usize,
+        n: usize,
+        dst: &'a mut [Self::Elem],
+    ) -> Right<'a, Self::Elem>;
+
+    /// Computes `p` and hands every row of every tile to `sink`, each element exactly once.
+    fn product<S: Sink<Self::L>>(self, l: Self::L, p: &Product<'_, Self::Elem>, sink: &mut S);
+}

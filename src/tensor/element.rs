@@ -1,0 +1,111 @@
+//! Element types of tensors.
+
+use crate::simd::convert::{Convert, Generic};
+use half::{bf16, f16};
+
+/// Names an element type at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// The upper half of an `f32`.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl DType {
+    /// The lower-case name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+        }
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+}
+
+/// A type that tensors can hold: `f32`, [`bf16`] or [`f16`]. All arithmetic is in `f32`.
+pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + Default {
+    /// Its name.
+    const DTYPE: DType;
+
+    /// `dst[i] = src[i]`, exact.
+    fn widen<C: Convert>(c: C, src: &[Self], dst: &mut [f32]);
+    /// `dst[i] = src[i]`, to nearest, ties to even.
+    fn narrow<C: Convert>(c: C, src: &[f32], dst: &mut [Self]);
+    /// The slice itself if the elements are `f32`.
+    fn as_f32(s: &[Self]) -> Option<&[f32]>;
+    /// The slice itself if the elements are `f32`.
+    fn as_f32_mut(s: &mut [Self]) -> Option<&mut [f32]>;
+
+    /// One value, exact.
+    #[must_use]
+    fn to_f32(self) -> f32 {
+        let mut out = [0.0];
+        Self::widen(Generic, &[self], &mut out);
+        out[0]
+    }
+    /// One value, rounded.
+    #[must_use]
+    fn from_f32(x: f32) -> Self {
+        let mut out = [Self::default()];
+        Self::narrow(Generic, &[x], &mut out);
+        out[0]
+    }
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn widen<C: Convert>(_: C, src: &[f32], dst: &mut [f32]) {
+        dst.copy_from_slice(src);
+    }
+    #[inline(always)]
+    fn narrow<C: Convert>(_: C, src: &[f32], dst: &mut [f32]) {
+        dst.copy_from_slice(src);
+    }
+    #[inline(always)]
+    fn as_f32(s: &[f32]) -> Option<&[f32]> {
+        Some(s)
+    }
+    #[inline(always)]
+    fn as_f32_mut(s: &mut [f32]) -> Option<&mut [f32]> {
+        Some(s)
+    }
+}
+
+macro_rules! half_element {
+    ($t:ty, $dtype:expr, $widen:ident, $narrow:ident) => {
+        impl Element for $t {
+            const DTYPE: DType = $dtype;
+            #[inline(always)]
+            fn widen<C: Convert>(c: C, src: &[$t], dst: &mut [f32]) {
+                c.$widen(src, dst);
+            }
+            #[inline(always)]
+            fn narrow<C: Convert>(c: C, src: &[f32], dst: &mut [$t]) {
+                c.$narrow(src, dst);
+            }
+            #[inline(always)]
+            fn as_f32(_: &[$t]) -> Option<&[f32]> {
+                None
+            }
+            #[inline(always)]
+            fn as_f32_mut(_: &mut [$t]) -> Option<&mut [f32]> {
+                None
+            }
+        }
+    };
+}
+half_element!(bf16, DType::Bf16, widen_bf16, narrow_bf16);
+half_element!(f16, DType::F16, widen_f16, narrow_f16);

@@ -1,0 +1,144 @@
+//! Read-only views.
+
+use super::layout::Layout;
+use crate::error::{Error, Result};
+
+/// A borrowed `N`-dimensional array with an innermost stride of 1. Outer strides are free; a stride of 0
+/// repeats the same elements.
+///
+/// ```
+/// use linattn::tensor::View;
+/// let data: Vec<f32> = (0..24).map(|x| x as f32).collect();
+/// let heads_first = View::new(&data, [1, 2, 3, 4])?; // [batch, heads, len, dim]
+/// let q = heads_first.permute([0, 2, 1, 3])?; // [batch, len, heads, dim], same memory
+/// assert_eq!(q.row([0, 2, 1, 0]), &[20.0, 21.0, 22.0, 23.0]);
+/// assert!(View::new(&data, [5, 5]).is_err());
+/// # Ok::<(), linattn::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a, T, const N: usize> {
+    data: &'a [T],
+    layout: Layout<N>,
+}
+
+impl<'a, T, const N: usize> View<'a, T, N> {
+    /// A row-major view; the slice must have exactly as many elements as the shape.
+    pub fn new(data: &'a [T], shape: [usize; N]) -> Result<Self> {
+        let layout = Layout::contiguous(shape)?;
+        if layout.len() != data.len() {
+            return Err(Error::layout(
+                "view",
+                "data",
+                alloc::format!("{} elements for shape {shape:?}", layout.len()),
+                data.len(),
+            ));
+        }
+        Ok(Self { data, layout })
+    }
+
+    /// A view with strides; the slice must reach as far as the last index.
+    pub fn with_strides(data: &'a [T], shape: [usize; N], strides: [usize; N]) -> Result<Self> {
+        Self::from_layout(data, Layout::strided(shape, strides)?)
+    }
+
+    pub(super) fn from_layout(data: &'a [T], layout: Layout<N>) -> Result<Self> {
+        let span = layout.span()?;
+        if span > data.len() {
+            return Err(Error::layout(
+                "view",
+                "data",
+                alloc::format!("at least {span} elements for {:?}", layout.shape()),
+                data.len(),
+            ));
+        }
+        Ok(Self { data, layout })
+    }
+
+    /// Extent of every dimension.
+    #[must_use]
+    pub fn shape(&self) -> [usize; N] {
+        self.layout.shape
+    }
+
+    /// Shape and strides.
+    #[must_use]
+    pub fn layout(&self) -> Layout<N> {
+        self.layout
+    }
+
+    /// The same elements with the dimensions in another order; the innermost stays where it is.
+    pub fn permute(self, axes: [usize; N]) -> Result<Self> {
+        Ok(Self {
+            data: self.data,
+            layout: self.layout.permuted(axes)?,
+        })
+    }
+
+    /// The row at the given outer indices (the last entry is ignored). Panics outside of the shape.
+    #[inline(always)]
+    #[must_use]
+    pub fn row(&self, at: [usize; N]) -> &'a [T] {
+        let n = self.layout.shape[N - 1];
+        &self.data[self.layout.row_offset(at)..][..n]
+    }
+
+    /// All elements as one slice, if they lie one after the other.
+    #[must_use]
+    pub fn as_slice(&self) -> Option<&'a [T]> {
+        self.layout
+            .is_contiguous()
+            .then(|| &self.data[..self.layout.len()])
+    }
+
+    /// The part `from..to` of one dimension. Panics if it is outside.
+    #[must_use]
+    pub fn slice(self, axis: usize, from: usize, to: usize) -> Self {
+        let Self { data, mut layout } = self;
+        assert!(
+            from <= to && to <= layout.shape[axis],
+            "slice {from}..{to} outside of dimension {axis}"
+        );
+        layout.shape[axis] = to - from;
+        let start = if layout.is_empty() {
+            0
+        } else {
+            from * layout.strides[axis]
+        };
+        Self {
+            data: &data[start..],
+            layout,
+        }
+    }
+}
+
+impl<'a, T> View<'a, T, 4> {
+    /// `[len, dim]` of one batch row and head of a `[batch, len, heads, dim]` view.
+    #[inline(always)]
+    #[must_use]
+    pub fn head(&self, batch: usize, head: usize) -> View<'a, T, 2> {
+        let [_, len, _, dim] = self.layout.shape;
+        let [sb, sl, sh, sd] = self.layout.strides;
+        assert!(batch < self.layout.shape[0] && head < self.layout.shape[2]);
+        let start = if len * dim == 0 {
+            0
+        } else {
+            batch * sb + head * sh
+        };
+        View {
+            data: &self.data[start..],
+            layout: Layout {
+                shape: [len, dim],
+                strides: [sl, sd],
+            },
+        }
+    }
+}
+
+impl<'a, T> View<'a, T, 2> {
+    /// The memory from the first element on, and the distance between rows.
+    #[inline(always)]
+    #[must_use]
+    pub fn parts(&self) -> (&'a [T], usize) {
+        (self.data, self.layout.strides[0])
+    }
+}

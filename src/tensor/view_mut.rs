@@ -1,0 +1,153 @@
+//! Views that can be written, and split between threads.
+
+use super::layout::Layout;
+use super::view::View;
+use crate::error::{Error, Result};
+use core::marker::PhantomData;
+
+/// A mutably borrowed `N`-dimensional array with an innermost stride of 1, no element reachable twice.
+///
+/// ```
+/// use linattn::tensor::ViewMut;
+/// let mut data = vec![0.0f32; 12];
+/// let view = ViewMut::new(&mut data, [2, 3, 2])?;
+/// let (mut left, mut right) = view.split_at(1, 1); // interleaved in memory, disjoint by proof
+/// left.row_mut([0, 0, 0]).fill(1.0);
+/// right.row_mut([1, 1, 0]).fill(2.0);
+/// assert_eq!(data, [1., 1., 0., 0., 0., 0., 0., 0., 0., 0., 2., 2.]);
+/// # Ok::<(), linattn::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ViewMut<'a, T, const N: usize> {
+    ptr: *mut T,
+    layout: Layout<N>,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a `ViewMut` is a `&mut [T]` restricted to the elements of its layout, which no other view shares.
+unsafe impl<T: Send, const N: usize> Send for ViewMut<'_, T, N> {}
+// SAFETY: as above; shared access to it only reads the layout.
+unsafe impl<T: Sync, const N: usize> Sync for ViewMut<'_, T, N> {}
+
+impl<'a, T, const N: usize> ViewMut<'a, T, N> {
+    /// A row-major view; the slice must have exactly as many elements as the shape.
+    pub fn new(data: &'a mut [T], shape: [usize; N]) -> Result<Self> {
+        let layout = View::new(&*data, shape)?.layout();
+        Ok(Self::bind(data, layout))
+    }
+
+    /// A view with strides; no two indices may share an element.
+    pub fn with_strides(data: &'a mut [T], shape: [usize; N], strides: [usize; N]) -> Result<Self> {
+        let layout = View::with_strides(&*data, shape, strides)?.layout();
+        if !layout.is_injective() {
+            return Err(Error::layout(
+                "view",
+                "strides",
+                "strides that keep all elements apart",
+                alloc::format!("{strides:?} for shape {shape:?}"),
+            ));
+        }
+        Ok(Self::bind(data, layout))
+    }
+
+    /// `layout` has been proven to lie inside `data` and to be injective.
+    fn bind(data: &'a mut [T], layout: Layout<N>) -> Self {
+        Self {
+            ptr: data.as_mut_ptr(),
+            layout,
+            life: PhantomData,
+        }
+    }
+
+    /// Extent of every dimension.
+    #[must_use]
+    pub fn shape(&self) -> [usize; N] {
+        self.layout.shape
+    }
+
+    /// Shape and strides.
+    #[must_use]
+    pub fn layout(&self) -> Layout<N> {
+        self.layout
+    }
+
+    /// The same elements with the dimensions in another order; the innermost stays where it is.
+    pub fn permute(self, axes: [usize; N]) -> Result<Self> {
+        Ok(Self {
+            layout: self.layout.permuted(axes)?,
+            ..self
+        })
+    }
+
+    /// A view of the same elements for a shorter time.
+    pub fn reborrow(&mut self) -> ViewMut<'_, T, N> {
+        ViewMut {
+            ptr: self.ptr,
+            layout: self.layout,
+            life: PhantomData,
+        }
+    }
+
+    /// The row at the given outer indices (the last entry is ignored). Panics outside of the shape.
+    #[inline(always)]
+    pub fn row_mut(&mut self, at: [usize; N]) -> &mut [T] {
+        let offset = self.layout.row_offset(at);
+        // SAFETY: the layout was proven to lie inside the borrowed slice, and `row_offset` checked the indices;
+        // other views of the same slice, if it was split, cover other elements only.
+        unsafe { core::slice::from_raw_parts_mut(self.ptr.add(offset), self.layout.shape[N - 1]) }
+    }
+
+    /// The parts before and from `mid` of one dimension. Panics if `mid` is outside.
+    #[must_use]
+    pub fn split_at(self, axis: usize, mid: usize) -> (Self, Self) {
+        let n = self.layout.shape[axis];
+        assert!(mid <= n, "split at {mid} of {n}");
+        let (mut left, mut right) = (self.layout, self.layout);
+        left.shape[axis] = mid;
+        right.shape[axis] = n - mid;
+        // An empty part touches nothing and keeps a pointer that is valid for sure.
+        let skip = if right.is_empty() {
+            0
+        } else {
+            mid * self.layout.strides[axis]
+        };
+        let make = |ptr, layout| Self {
+            ptr,
+            layout,
+            life: PhantomData,
+        };
+        // SAFETY: a non-empty right part begins at an element of this view.
+        (
+            make(self.ptr, left),
+            make(unsafe { self.ptr.add(skip) }, right),
+        )
+    }
+}
+
+impl<T> ViewMut<'_, T, 4> {
+    /// `[len, dim]` of one batch row and head of a `[batch, len, heads, dim]` view.
+    #[inline(always)]
+    pub fn head_mut(&mut self, batch: usize, head: usize) -> ViewMut<'_, T, 2> {
+        let [nb, len, nh, dim] = self.layout.shape;
+        let [sb, sl, sh, sd] = self.layout.strides;
+        assert!(
+            batch < nb && head < nh,
+            "head ({batch}, {head}) outside of {:?}",
+            self.layout.shape
+        );
+        let start = if len * dim == 0 {
+            0
+        } else {
+            batch * sb + head * sh
+        };
+        ViewMut {
+            // SAFETY: a non-empty head begins at an element of this view.
+            ptr: unsafe { self.ptr.add(start) },
+            layout: Layout {
+                shape: [len, dim],
+                strides: [sl, sd],
+            },
+            life: PhantomData,
+        }
+    }
+}
