@@ -1,7 +1,9 @@
 //! x
 #![cfg_attr(not(feature = "std"), no_std)]
 extern crate alloc;
+pub mod attention;
 pub mod error;
+pub mod kernels;
 pub mod runtime;
 pub mod scratch;
 pub mod simd;

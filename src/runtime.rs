@@ -1,7 +1,7 @@
 //! How work is run: instruction set, precision, threads and scratch memory, passed explicitly to every call.
 
 use crate::error::{Error, Result};
-use crate::scratch::{Block, Cut};
+use crate::scratch::{Block, Cut, bytes_of};
 use crate::simd::{Backend, Isa, Task, backend};
 use core::fmt;
 
@@ -153,11 +153,16 @@ fn env_threads() -> Result<Option<usize>> {
 
 /// Work that can be divided between threads.
 pub(crate) trait Divide: Send + Sized {
-    /// How many indivisible parts it has.
+    /// How many indivisible units it has.
     fn units(&self) -> usize;
-    /// The first `mid` parts, and the rest.
+    /// How much work it is.
+    fn flops(&self) -> usize;
+    /// The first `mid` units, and the rest.
     fn split(self, mid: usize) -> (Self, Self);
 }
+
+/// Work below this is not worth a second thread: waking one takes some microseconds.
+const WORTH_A_THREAD: usize = 1 << 20;
 
 impl Runtime {
     /// The best instruction set of this machine, `F32`, the current rayon pool; `LINATTN_ISA` and
@@ -240,15 +245,18 @@ impl Runtime {
         }
     }
 
-    /// Divides `job` into at most [`threads`](Self::threads) parts of nearly equal size and runs `work` on each.
-    /// The parts depend on the thread count only; whatever crosses parts is not this function's business.
+    /// Divides `job` into at most [`threads`](Self::threads) parts of nearly equal size and runs `work` on each,
+    /// with `bytes` of scratch. All memory is had before anything runs.
     pub(crate) fn divide<J: Divide>(
         &self,
         job: J,
-        work: &(impl Fn(J) -> Result<()> + Sync),
+        bytes: usize,
+        work: &(impl Fn(J, Cut<'_>) + Sync),
     ) -> Result<()> {
-        let parts = self.threads().min(job.units());
-        divide(job, parts, work)
+        let worth = (job.flops() / WORTH_A_THREAD).max(1);
+        let parts = self.threads().min(worth).min(job.units()).max(1);
+        let bytes = bytes_of::<u8>(bytes);
+        self.with_scratch(parts * bytes, |cut| divide(job, parts, cut, bytes, work))
     }
 
     /// `bytes` of scratch memory for `work`, kept for later calls.
@@ -293,18 +301,31 @@ impl Runtime {
     fn keep_block(&self, _: Block) {}
 }
 
-fn divide<J: Divide>(job: J, parts: usize, work: &(impl Fn(J) -> Result<()> + Sync)) -> Result<()> {
+/// Runs `work` on `parts` (at most `job.units()`) pieces of `job`, each with `bytes` cut off `scratch`.
+/// Pieces depend on the number of parts only; what crosses pieces is not this function's business.
+pub(crate) fn divide<J: Divide>(
+    job: J,
+    parts: usize,
+    mut scratch: Cut<'_>,
+    bytes: usize,
+    work: &(impl Fn(J, Cut<'_>) + Sync),
+) {
+    let parts = parts.min(job.units());
     if parts <= 1 {
-        return work(job);
+        return work(job, scratch);
     }
     let left = parts / 2;
     let mid = job.units() * left / parts;
     let (a, b) = job.split(mid);
+    let near = Cut::new(scratch.take(left * bytes));
+    let (near, far) = (
+        || divide(a, left, near, bytes, work),
+        || divide(b, parts - left, scratch, bytes, work),
+    );
     #[cfg(feature = "parallel")]
-    let (ra, rb) = rayon::join(|| divide(a, left, work), || divide(b, parts - left, work));
+    rayon::join(near, far);
     #[cfg(not(feature = "parallel"))]
-    let (ra, rb) = (divide(a, left, work), divide(b, parts - left, work));
-    ra.and(rb)
+    (near(), far());
 }
 
 impl fmt::Debug for Runtime {

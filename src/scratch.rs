@@ -44,6 +44,12 @@ impl Block {
 pub struct Cut<'a>(&'a mut [u8]);
 
 impl<'a> Cut<'a> {
+    /// A stack over the whole of `block`, which begins at a cache line.
+    #[must_use]
+    pub fn new(block: &'a mut [u8]) -> Self {
+        Self(block)
+    }
+
     /// The next `len` elements, aligned to a cache line, with whatever values an earlier user left there.
     /// Panics if the block was planned too small.
     pub fn take<T: bytemuck::Pod>(&mut self, len: usize) -> &'a mut [T] {

@@ -105,7 +105,8 @@ impl<S: Shuffle> Lanes for Pulp<S> {
     }
     #[inline(always)]
     fn neg_mul_add(self, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-        self.0.mul_add_f32s(self.0.neg_f32s(a), b, c)
+        let a = self.xor_u(self.to_bits(a), self.splat_u(0x8000_0000));
+        self.0.mul_add_f32s(self.from_bits(a), b, c)
     }
     #[inline(always)]
     fn min(self, a: S::f32s, b: S::f32s) -> S::f32s {

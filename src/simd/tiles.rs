@@ -4,6 +4,7 @@
 //! and multiplies them ([`Tiles::product`]). What happens to a finished piece of the result is the business of
 //! a [`Sink`], which sees plain vectors of `f32` and therefore works with every engine.
 
+use super::backend::Backend;
 use super::lanes::Lanes;
 
 /// How a left operand lies in memory.
@@ -121,6 +122,14 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     /// [`right_len`] elements.
     fn pack_right(self, l: Self::L, src: Source<'_>, k: usize, n: usize, dst: &mut [Self::Elem]);
 
+    /// Elements that [`pack_left`](Self::pack_left) may need.
+    #[must_use]
+    fn left_len(m: usize, k: usize) -> usize;
+
+    /// Elements that [`view_right`](Self::view_right) may need.
+    #[must_use]
+    fn view_len(k: usize, n: usize) -> usize;
+
     /// Packs an `m x k` left operand; may return `src` itself when the engine can read it in place.
     fn pack_left<'a>(
         self,
@@ -142,5 +151,10 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     ) -> Right<'a, Self::Elem>;
 
     /// Computes `p` and hands every row of every tile to `sink`, each element exactly once.
-    fn product<S: Sink<Self::L>>(self, l: Self::L, p: &Product<'_, Self::Elem>, sink: &mut S);
+    fn product<B: Backend<L = Self::L>, S: Sink<Self::L>>(
+        self,
+        b: B,
+        p: &Product<'_, Self::Elem>,
+        sink: &mut S,
+    );
 }

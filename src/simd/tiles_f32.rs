@@ -1,5 +1,6 @@
 //! The FMA engine: `MR x (V * N)` register tiles over plain `f32` operands.
 
+use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
 use core::marker::PhantomData;
@@ -8,7 +9,10 @@ use core::marker::PhantomData;
 #[derive(Clone, Copy, Debug)]
 pub struct Fma<L, const MR: usize, const V: usize>(pub(super) PhantomData<L>);
 
-/// The part of a [`Term`] that one row of tiles and one panel need, bounds already proven.
+/// Floats between copied rows, so that they do not meet in the same cache sets again.
+const GAP: usize = 16;
+
+/// The part of a [`Term`] that one tile needs, bounds already proven.
 #[derive(Clone, Copy)]
 struct Strip {
     a: *const f32,
@@ -20,93 +24,142 @@ struct Strip {
     k: usize,
 }
 
+impl Strip {
+    /// Nothing to add.
+    const EMPTY: Strip = Strip {
+        a: core::ptr::null(),
+        rows: 0,
+        steps: 1,
+        b: core::ptr::null(),
+        stride: 0,
+        k: 0,
+    };
+}
+
+/// The tile loop, a kernel of its own: nothing else competes for its registers, and it is compiled once per
+/// backend, whatever the sinks.
+struct Accumulate<'a, L: Lanes, const M: usize, const W: usize> {
+    first: Strip,
+    scale: Option<&'a [f32; M]>,
+    second: Strip,
+    acc: &'a mut [[L::F; W]; M],
+}
+
+impl<B: Backend, const M: usize, const W: usize> Kernel<B> for Accumulate<'_, B::L, M, W> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let l = b.lanes();
+        let mut acc = [[l.zero(); W]; M];
+        if let Some(scale) = self.scale {
+            // SAFETY: `Fma::check` proved every element of both terms.
+            acc = unsafe { add::<B::L, M, W>(l, self.first, acc) };
+            for i in 0..M {
+                let s = l.splat(scale[i]);
+                for j in 0..W {
+                    acc[i][j] = l.mul(acc[i][j], s);
+                }
+            }
+        }
+        // SAFETY: as above.
+        *self.acc = unsafe { add::<B::L, M, W>(l, self.second, acc) };
+    }
+}
+
+/// Adds `s.k` steps to the accumulators.
+///
+/// # Safety
+/// For `i < M`, `p < k`: `a[i * rows + p * steps]` and `b[p * stride ..][..W * N]` must be readable.
+#[inline(always)]
+unsafe fn add<L: Lanes, const M: usize, const W: usize>(
+    l: L,
+    s: Strip,
+    acc: [[L::F; W]; M],
+) -> [[L::F; W]; M] {
+    // A unit distance known to the compiler saves half of the address arithmetic, whichever of the two it is.
+    if s.steps == 1 {
+        // SAFETY: as for this function.
+        unsafe { steps::<L, M, W>(l, Strip { steps: 1, ..s }, acc) }
+    } else {
+        // SAFETY: as for this function; an operand without unit steps has unit rows.
+        unsafe { steps::<L, M, W>(l, Strip { rows: 1, ..s }, acc) }
+    }
+}
+
+/// # Safety
+/// As [`add`].
+#[inline(always)]
+unsafe fn steps<L: Lanes, const M: usize, const W: usize>(
+    l: L,
+    s: Strip,
+    mut acc: [[L::F; W]; M],
+) -> [[L::F; W]; M] {
+    const UNROLL: usize = 4;
+    let mut p = 0;
+    while p + UNROLL <= s.k {
+        for u in 0..UNROLL {
+            // SAFETY: p + u < k.
+            unsafe { step::<L, M, W>(l, s, p + u, &mut acc) };
+        }
+        p += UNROLL;
+    }
+    while p < s.k {
+        // SAFETY: p < k.
+        unsafe { step::<L, M, W>(l, s, p, &mut acc) };
+        p += 1;
+    }
+    acc
+}
+
+/// # Safety
+/// As [`add`], and `p < k`.
+#[inline(always)]
+unsafe fn step<L: Lanes, const M: usize, const W: usize>(
+    l: L,
+    s: Strip,
+    p: usize,
+    acc: &mut [[L::F; W]; M],
+) {
+    let mut b = [l.zero(); W];
+    for j in 0..W {
+        // SAFETY: inside row p of the panel.
+        b[j] = unsafe { l.load_ptr(s.b.add(p * s.stride + j * L::N)) };
+    }
+    for i in 0..M {
+        // SAFETY: i < M and p < k.
+        let a = l.splat(unsafe { *s.a.add(i * s.rows + p * s.steps) });
+        for j in 0..W {
+            acc[i][j] = l.mul_add(a, b[j], acc[i][j]);
+        }
+    }
+}
+
 impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
-    /// Adds `k` steps of a strip to the accumulators.
-    ///
-    /// # Safety
-    /// For `i < M`, `p < k`: `a[i * rows + p * steps]` and `b[p * stride ..][..W * N]` must be readable.
-    #[inline(always)]
-    unsafe fn accumulate<const M: usize, const W: usize>(l: L, s: Strip, acc: &mut [[L::F; W]; M]) {
-        if s.steps == 1 {
-            // SAFETY: as for this function, with the unit step spelled out for the address arithmetic.
-            unsafe { Self::steps::<M, W>(l, Strip { steps: 1, ..s }, acc) }
-        } else {
-            // SAFETY: as for this function; rows are adjacent in this order.
-            unsafe { Self::steps::<M, W>(l, Strip { rows: 1, ..s }, acc) }
-        }
-    }
-
-    /// # Safety
-    /// As [`accumulate`](Self::accumulate).
-    #[inline(always)]
-    unsafe fn steps<const M: usize, const W: usize>(l: L, s: Strip, acc: &mut [[L::F; W]; M]) {
-        const UNROLL: usize = 4;
-        let mut p = 0;
-        while p + UNROLL <= s.k {
-            let mut u = 0;
-            while u < UNROLL {
-                // SAFETY: p + u < k.
-                unsafe { Self::step::<M, W>(l, s, p + u, acc) };
-                u += 1;
-            }
-            p += UNROLL;
-        }
-        while p < s.k {
-            // SAFETY: p < k.
-            unsafe { Self::step::<M, W>(l, s, p, acc) };
-            p += 1;
-        }
-    }
-
-    /// # Safety
-    /// As [`accumulate`](Self::accumulate), and `p < k`.
-    #[inline(always)]
-    unsafe fn step<const M: usize, const W: usize>(
-        l: L,
-        s: Strip,
-        p: usize,
-        acc: &mut [[L::F; W]; M],
-    ) {
-        let mut b = [l.zero(); W];
-        for (j, b) in b.iter_mut().enumerate() {
-            // SAFETY: inside row p of the panel.
-            *b = unsafe { l.load_ptr(s.b.add(p * s.stride + j * L::N)) };
-        }
-        for (i, row) in acc.iter_mut().enumerate() {
-            // SAFETY: i < M and p < k.
-            let a = l.splat(unsafe { *s.a.add(i * s.rows + p * s.steps) });
-            for (c, b) in row.iter_mut().zip(b) {
-                *c = l.mul_add(a, b, *c);
-            }
-        }
-    }
-
     /// One tile of `M` rows and `W` vectors at `(i, j)`.
     #[inline(always)]
-    fn tile<const M: usize, const W: usize, S: Sink<L>>(
-        l: L,
+    fn tile<const M: usize, const W: usize, B: Backend<L = L>, S: Sink<L>>(
+        b: B,
         p: &Product<'_, f32>,
         i: usize,
         j: usize,
         sink: &mut S,
     ) {
+        let l = b.lanes();
         let mut acc = [[l.zero(); W]; M];
-        if let Some((term, scale)) = &p.first {
-            // SAFETY: `check` proved every term for all i < m and all panels.
-            unsafe { Self::accumulate(l, Self::strip(term, i, j, term.k), &mut acc) };
-            let scale: &[f32; M] = scale[i..i + M].try_into().expect("M factors");
-            for (row, s) in acc.iter_mut().zip(scale) {
-                let s = l.splat(*s);
-                for c in row {
-                    *c = l.mul(*c, s);
-                }
-            }
-        }
-        if let Some(term) = &p.second {
-            let k = if p.causal { term.k.min(i + M) } else { term.k };
-            // SAFETY: as above, and k <= term.k.
-            unsafe { Self::accumulate(l, Self::strip(term, i, j, k), &mut acc) };
-        }
+        let rows =
+            |scale: &'_ [f32]| -> [f32; M] { scale[i..i + M].try_into().expect("M factors") };
+        let scale = p.first.as_ref().map(|(_, scale)| rows(scale));
+        b.call(Accumulate {
+            first: p
+                .first
+                .as_ref()
+                .map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
+            scale: scale.as_ref(),
+            second: p.second.as_ref().map_or(Strip::EMPTY, |t| {
+                Self::strip(t, i, j, if p.causal { t.k.min(i + M) } else { t.k })
+            }),
+            acc: &mut acc,
+        });
         let width = (p.n - j).min(W * L::N);
         for (r, row) in acc.iter().enumerate() {
             sink.put(l, i + r, j, width, row);
@@ -135,27 +188,32 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
 
     /// All rows against one panel of `W` vectors, tails in smaller tiles instead of padding.
     #[inline(always)]
-    fn panel<const W: usize, S: Sink<L>>(l: L, p: &Product<'_, f32>, j: usize, sink: &mut S) {
+    fn panel<const W: usize, B: Backend<L = L>, S: Sink<L>>(
+        b: B,
+        p: &Product<'_, f32>,
+        j: usize,
+        sink: &mut S,
+    ) {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         while i + MR <= p.m {
-            Self::tile::<MR, W, S>(l, p, i, j, sink);
+            Self::tile::<MR, W, B, S>(b, p, i, j, sink);
             i += MR;
         }
         if MR > 8 && i + 8 <= p.m {
-            Self::tile::<8, W, S>(l, p, i, j, sink);
+            Self::tile::<8, W, B, S>(b, p, i, j, sink);
             i += 8;
         }
         if i + 4 <= p.m {
-            Self::tile::<4, W, S>(l, p, i, j, sink);
+            Self::tile::<4, W, B, S>(b, p, i, j, sink);
             i += 4;
         }
         if i + 2 <= p.m {
-            Self::tile::<2, W, S>(l, p, i, j, sink);
+            Self::tile::<2, W, B, S>(b, p, i, j, sink);
             i += 2;
         }
         if i < p.m {
-            Self::tile::<1, W, S>(l, p, i, j, sink);
+            Self::tile::<1, W, B, S>(b, p, i, j, sink);
         }
     }
 
@@ -204,16 +262,38 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         }
     }
 
+    fn left_len(m: usize, k: usize) -> usize {
+        m * (k + GAP)
+    }
+
+    fn view_len(_: usize, _: usize) -> usize {
+        0
+    }
+
     #[inline(always)]
     fn pack_left<'a>(
         self,
-        _: L,
+        l: L,
         src: Left<'a, f32>,
-        _: usize,
-        _: usize,
-        _: &'a mut [f32],
+        m: usize,
+        k: usize,
+        dst: &'a mut [f32],
     ) -> Left<'a, f32> {
-        src
+        // Rows a multiple of 1 KiB apart meet in few sets of the first cache level: read over and over, they
+        // are worth a copy.
+        const MEET: usize = 256;
+        match src.order {
+            Order::Rows(s) if s % MEET == 0 && m > MR => {
+                for i in 0..m {
+                    copy(l, &src.data[i * s..][..k], &mut dst[i * (k + GAP)..][..k]);
+                }
+                Left {
+                    data: dst,
+                    order: Order::Rows(k + GAP),
+                }
+            }
+            _ => src,
+        }
     }
 
     #[inline(always)]
@@ -229,15 +309,15 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     }
 
     #[inline(always)]
-    fn product<S: Sink<L>>(self, l: L, p: &Product<'_, f32>, sink: &mut S) {
+    fn product<B: Backend<L = L>, S: Sink<L>>(self, b: B, p: &Product<'_, f32>, sink: &mut S) {
         Self::check(p);
         let mut j = 0;
         while j < p.n {
             // The last panel computes only the vectors that it fills.
             match (p.n - j).div_ceil(L::N) {
-                1 => Self::panel::<1, S>(l, p, j, sink),
-                2 if V > 2 => Self::panel::<2, S>(l, p, j, sink),
-                _ => Self::panel::<V, S>(l, p, j, sink),
+                1 => Self::panel::<1, B, S>(b, p, j, sink),
+                2 if V > 2 => Self::panel::<2, B, S>(b, p, j, sink),
+                _ => Self::panel::<V, B, S>(b, p, j, sink),
             }
             j += Self::NR;
         }
@@ -293,5 +373,12 @@ fn pack_columns<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, 
                 l.store(&mut dst[at + (p + r) * PANEL..], *b);
             }
         }
+    }
+}
+
+#[inline(always)]
+fn copy<L: Lanes>(l: L, src: &[f32], dst: &mut [f32]) {
+    for (s, d) in src.chunks(L::N).zip(dst.chunks_mut(L::N)) {
+        l.store_head(d, l.load_head(s));
     }
 }

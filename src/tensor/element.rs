@@ -1,5 +1,6 @@
 //! Element types of tensors.
 
+use super::view_mut::ViewMut;
 use crate::simd::convert::{Convert, Generic};
 use half::{bf16, f16};
 
@@ -45,8 +46,8 @@ pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + Default {
     fn narrow<C: Convert>(c: C, src: &[f32], dst: &mut [Self]);
     /// The slice itself if the elements are `f32`.
     fn as_f32(s: &[Self]) -> Option<&[f32]>;
-    /// The slice itself if the elements are `f32`.
-    fn as_f32_mut(s: &mut [Self]) -> Option<&mut [f32]>;
+    /// The view itself if the elements are `f32`.
+    fn as_f32_view<const N: usize>(v: ViewMut<'_, Self, N>) -> Option<ViewMut<'_, f32, N>>;
 
     /// One value, exact.
     #[must_use]
@@ -79,8 +80,8 @@ impl Element for f32 {
         Some(s)
     }
     #[inline(always)]
-    fn as_f32_mut(s: &mut [f32]) -> Option<&mut [f32]> {
-        Some(s)
+    fn as_f32_view<const N: usize>(v: ViewMut<'_, f32, N>) -> Option<ViewMut<'_, f32, N>> {
+        Some(v)
     }
 }
 
@@ -101,7 +102,7 @@ macro_rules! half_element {
                 None
             }
             #[inline(always)]
-            fn as_f32_mut(_: &mut [$t]) -> Option<&mut [f32]> {
+            fn as_f32_view<const N: usize>(_: ViewMut<'_, $t, N>) -> Option<ViewMut<'_, f32, N>> {
                 None
             }
         }

@@ -124,7 +124,46 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
     }
 }
 
-impl<T> ViewMut<'_, T, 4> {
+impl<'a, T, const N: usize> ViewMut<'a, T, N> {
+    /// The part `from..to` of one dimension. Panics if it is outside.
+    #[must_use]
+    pub fn slice(self, axis: usize, from: usize, to: usize) -> Self {
+        self.split_at(axis, to).0.split_at(axis, from).1
+    }
+}
+
+impl<'a, T> ViewMut<'a, T, 4> {
+    /// The matrix of the last two dimensions at the given outer indices, which must lie in one piece (panics
+    /// otherwise).
+    pub fn matrix_mut(&mut self, i: usize, j: usize) -> &mut [T] {
+        let [.., rows, cols] = self.layout.shape;
+        assert!(
+            rows <= 1 || self.layout.strides[2] == cols,
+            "rows of a matrix lie apart"
+        );
+        let offset = self.layout.row_offset([i, j, 0, 0]);
+        // SAFETY: the layout was proven to lie inside the borrowed slice; `row_offset` checked the indices, and
+        // rows `cols` apart make `rows * cols` adjacent elements.
+        unsafe { core::slice::from_raw_parts_mut(self.ptr.add(offset), rows * cols) }
+    }
+
+    /// The matrix of the last two dimensions at the given outer indices.
+    #[must_use]
+    pub fn head_rows(self, i: usize, j: usize) -> ViewMut<'a, T, 2> {
+        let [.., rows, cols] = self.layout.shape;
+        let [.., outer, inner] = self.layout.strides;
+        let offset = self.layout.row_offset([i, j, 0, 0]);
+        ViewMut {
+            // SAFETY: a non-empty matrix begins at an element of this view.
+            ptr: unsafe { self.ptr.add(if rows * cols == 0 { 0 } else { offset }) },
+            layout: Layout {
+                shape: [rows, cols],
+                strides: [outer, inner],
+            },
+            life: PhantomData,
+        }
+    }
+
     /// `[len, dim]` of one batch row and head of a `[batch, len, heads, dim]` view.
     #[inline(always)]
     pub fn head_mut(&mut self, batch: usize, head: usize) -> ViewMut<'_, T, 2> {

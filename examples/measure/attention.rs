@@ -1,0 +1,157 @@
+//! Attention cores on random inputs.
+
+use crate::{Args, Dtype, Layout, Outcome, timing};
+use half::bf16;
+use linattn::attention::State;
+use linattn::attention::lightning::{LightningAttention, naive};
+use linattn::tensor::{Element, Rng, Tensor, View, ViewMut};
+use linattn::{Result, Runtime};
+
+/// q, k, v and the output of one operation.
+struct Case<E: Element> {
+    q: Tensor<4, E>,
+    k: Tensor<4, E>,
+    v: Tensor<4, E>,
+    out: Tensor<4, E>,
+    layout: Layout,
+}
+
+impl<E: Element> Case<E> {
+    /// Normal inputs, queries scaled by `dim^-1/2`.
+    fn new(args: &Args) -> Result<Self> {
+        let Args {
+            batch,
+            n,
+            heads,
+            dim,
+            ..
+        } = *args;
+        let dv = args.dv.unwrap_or(dim);
+        let mut rng = Rng::new(args.seed);
+        let mut make = |width, scale: f32| {
+            let shape = match args.layout {
+                Layout::Bthd => [batch, n, heads, width],
+                Layout::Bhtd => [batch, heads, n, width],
+            };
+            let mut t = Tensor::<4, E>::zeros(shape)?;
+            for x in t.as_mut_slice() {
+                *x = E::from_f32(rng.normal() * scale);
+            }
+            Ok(t)
+        };
+        let q = make(dim, (dim as f32).powf(-0.5))?;
+        Ok(Self {
+            q,
+            k: make(dim, 1.0)?,
+            v: make(dv, 1.0)?,
+            out: make(dv, 0.0)?,
+            layout: args.layout,
+        })
+    }
+
+    fn views(&mut self) -> ([View<'_, E, 4>; 3], ViewMut<'_, E, 4>) {
+        let (views, out) = (
+            [self.q.view(), self.k.view(), self.v.view()],
+            self.out.view_mut(),
+        );
+        match self.layout {
+            Layout::Bthd => (views, out),
+            Layout::Bhtd => {
+                let axes = [0, 2, 1, 3];
+                (
+                    views.map(|v| v.permute(axes).expect("a permutation")),
+                    out.permute(axes).expect("a permutation"),
+                )
+            }
+        }
+    }
+
+    /// One head as `f64`.
+    fn head(view: View<'_, E, 4>, b: usize, h: usize) -> Vec<f64> {
+        let [_, n, ..] = view.shape();
+        (0..n)
+            .flat_map(|t| view.row([b, t, h, 0]))
+            .map(|x| f64::from(x.to_f32()))
+            .collect()
+    }
+}
+
+/// Tolerance of an operation: single precision, or the rounding of a 16-bit output.
+fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 1e-5,
+        Dtype::Bf16 => 5e-3,
+    }
+}
+
+/// Causal linear attention with slopes `2^(-8 (h + 1) / H)`, final state written.
+pub fn lightning(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    match args.dtype {
+        Dtype::F32 => lightning_as::<f32>(args, rt),
+        Dtype::Bf16 => lightning_as::<bf16>(args, rt),
+    }
+}
+
+fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    let Args {
+        batch,
+        n,
+        heads,
+        dim,
+        ..
+    } = *args;
+    let dv = args.dv.unwrap_or(dim);
+    let slopes: Vec<f64> = (1..=heads)
+        .map(|h| (-8.0 * h as f64 / heads as f64).exp2())
+        .collect();
+    let op = match args.chunk {
+        Some(chunk) => LightningAttention::with_chunk(&slopes, chunk)?,
+        None => LightningAttention::new(&slopes)?,
+    };
+    let mut case = Case::<E>::new(args)?;
+    let mut state = State::new(batch, heads, dim, dv)?;
+    let times = timing::measure(args, || {
+        state.reset();
+        let ([q, k, v], out) = case.views();
+        op.forward(rt, q, k, v, out, &mut state)
+            .expect("valid arguments");
+    });
+    let error = args.check.then(|| {
+        let ([q, k, v], out) = case.views();
+        let [q, k, v] = [q, k, v].map(|x| {
+            (0..batch * heads)
+                .map(|i| Case::head(x, i / heads, i % heads))
+                .collect()
+        });
+        let (q, k, v): (Vec<_>, Vec<_>, Vec<_>) = (q, k, v);
+        let mut out = out;
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for i in 0..batch * heads {
+            let mut s = vec![0.0; dim * dv];
+            want.extend(naive::head(
+                &q[i],
+                &k[i],
+                &v[i],
+                [dim, dv],
+                slopes[i % heads],
+                1.0,
+                &mut s,
+            ));
+            for t in 0..n {
+                got.extend(
+                    out.row_mut([i / heads, t, i % heads, 0])
+                        .iter()
+                        .map(|x| x.to_f32()),
+                );
+            }
+        }
+        (timing::relative(&got, &want), tolerance(args.dtype))
+    });
+    Ok(Outcome {
+        times,
+        flops: 4.0 * (batch * n * heads * dim * dv) as f64,
+        tokens: Some((batch * n) as f64),
+        error,
+        ..Outcome::default()
+    })
+}

@@ -1,0 +1,166 @@
+//! Times one operation and prints one JSON line, in the manner of the usual framework micro-benchmarks:
+//! warm-up, repetitions of at least `--min-time`, median and minimum, and a short calibration beside them.
+//!
+//! ```text
+//! cargo run --release --example measure -- --what lightning --n 8192 --heads 8 --dim 128
+//! ```
+
+mod attention;
+mod gemm;
+mod timing;
+
+use clap::{Parser, ValueEnum};
+use linattn::{Isa, Precision, Runtime};
+use serde_json::{Map, Value, json};
+
+/// What can be measured.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum What {
+    /// Causal linear attention with decay, prefill.
+    Lightning,
+    /// One matrix product.
+    Gemm,
+}
+
+/// Element types of the inputs.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+}
+
+/// Memory order of q, k, v and the output.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Layout {
+    /// `[batch, len, heads, dim]`
+    Bthd,
+    /// `[batch, heads, len, dim]`
+    Bhtd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Engine {
+    F32,
+    Bf16x3,
+    Bf16,
+}
+
+/// Times one operation and prints one JSON line.
+#[derive(Clone, Debug, Parser)]
+struct Args {
+    #[arg(long)]
+    what: What,
+    /// Sequence length.
+    #[arg(long, default_value_t = 2048)]
+    n: usize,
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    #[arg(long, default_value_t = 8)]
+    heads: usize,
+    /// Width of queries and keys.
+    #[arg(long, default_value_t = 64)]
+    dim: usize,
+    /// Width of values (that of queries if not given).
+    #[arg(long)]
+    dv: Option<usize>,
+    /// Rows of a chunk (the library's choice if not given).
+    #[arg(long)]
+    chunk: Option<usize>,
+    /// Rows of a product.
+    #[arg(long, default_value_t = 128)]
+    m: usize,
+    /// Shared dimension of a product.
+    #[arg(long, default_value_t = 128)]
+    k: usize,
+    /// The right side of a product was packed beforehand.
+    #[arg(long)]
+    packed: bool,
+    #[arg(long, default_value = "f32")]
+    dtype: Dtype,
+    #[arg(long, default_value = "f32")]
+    precision: Engine,
+    #[arg(long, default_value = "bthd")]
+    layout: Layout,
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Core to pin to when one thread is used (-1: none).
+    #[arg(long, default_value_t = 1, allow_hyphen_values = true)]
+    core: i32,
+    #[arg(long, default_value_t = 7)]
+    reps: usize,
+    /// Seconds that one repetition lasts at least.
+    #[arg(long, default_value_t = 0.02)]
+    min_time: f64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Instruction set (the best if not given).
+    #[arg(long)]
+    isa: Option<String>,
+    /// Compare with the definition in f64; exit code 1 above the tolerance.
+    #[arg(long)]
+    check: bool,
+}
+
+/// What a measurement hands back besides the times.
+#[derive(Default)]
+struct Outcome {
+    times: Vec<f64>,
+    flops: f64,
+    tokens: Option<f64>,
+    error: Option<(f64, f64)>,
+    extra: Map<String, Value>,
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    timing::pin(args.threads, args.core);
+    let precision = match args.precision {
+        Engine::F32 => Precision::F32,
+        Engine::Bf16x3 => Precision::Bf16x3,
+        Engine::Bf16 => Precision::Bf16,
+    };
+    let mut builder = Runtime::builder()
+        .threads(args.threads)
+        .precision(precision);
+    if let Some(name) = &args.isa {
+        builder = builder.isa(Isa::parse(name)?);
+    }
+    let rt = builder.build()?;
+    let before = timing::fma_gflops(&rt);
+    let outcome = match args.what {
+        What::Lightning => attention::lightning(&args, &rt)?,
+        What::Gemm => gemm::gemm(&args, &rt),
+    };
+    let mut times = outcome.times;
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let mut line = json!({
+        "what": args.what.to_possible_value().map(|v| v.get_name().to_owned()),
+        "batch": args.batch, "n": args.n, "heads": args.heads, "dim": args.dim, "threads": args.threads,
+        "dtype": format!("{:?}", args.dtype).to_lowercase(),
+        "layout": format!("{:?}", args.layout).to_lowercase(),
+        "isa": rt.isa().name(), "engine": rt.engine(), "kernel": rt.kernel(),
+        "median_s": median, "min_s": times[0], "reps": times.len(),
+        "gflops": outcome.flops / median / 1e9,
+        "gflops_best": outcome.flops / times[0] / 1e9,
+        "fma_gflops": before.max(timing::fma_gflops(&rt)),
+    });
+    let map = line.as_object_mut().expect("an object");
+    if let Some(tokens) = outcome.tokens {
+        map.insert("ns_per_token".into(), json!(median / tokens * 1e9));
+    }
+    if let Some((error, tolerance)) = outcome.error {
+        map.insert("rel_err".into(), json!(error));
+        map.insert("tolerance".into(), json!(tolerance));
+    }
+    map.extend(outcome.extra);
+    println!("{line}");
+    if outcome
+        .error
+        .is_some_and(|(error, tolerance)| error.is_nan() || error > tolerance)
+    {
+        std::process::exit(1);
+    }
+    Ok(())
+}

@@ -1,0 +1,442 @@
+//! The work of one call, divided between threads.
+//!
+//! Heads (or batch rows) are independent and go to threads whole. When there are fewer of them than threads,
+//! the heads are shared: chunks of scores are formed in parallel, then ranges of value columns advance in
+//! parallel. Every element goes through the same operations in the same order either way.
+
+use super::LightningAttention;
+use crate::error::Result;
+use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
+use crate::kernels::decay::DecayTable;
+use crate::kernels::recurrence::Step;
+use crate::runtime::{Divide, Runtime, divide};
+use crate::scratch::{Cut, bytes_of};
+use crate::simd::{Backend, PANEL, Task};
+use crate::tensor::{Element, View, ViewMut};
+
+/// Sequences up to this length go token by token: bringing the state into panels and back costs as much as
+/// two passes of the recurrence over it.
+const RECURRENT: usize = 3;
+/// Bytes of states that are advanced together: they and a chunk's buffers stay in the second cache level.
+const RESIDENT: usize = 1 << 20;
+/// Chunks whose scores are formed ahead when a head is shared between threads.
+const AHEAD: usize = 64;
+
+/// Some heads, or some batch rows, of a call.
+struct Job<'a, E> {
+    q: View<'a, E, 4>,
+    k: View<'a, E, 4>,
+    v: View<'a, E, 4>,
+    out: ViewMut<'a, E, 4>,
+    state: ViewMut<'a, f32, 4>,
+    tables: &'a [DecayTable],
+    scale: f32,
+    by_batch: bool,
+}
+
+impl<'a, E: Element> Job<'a, E> {
+    fn shape(&self) -> ChunkShape {
+        let ([.., dk], [.., dv]) = (self.q.shape(), self.v.shape());
+        let longest = self.tables.first().map_or(1, DecayTable::chunk);
+        ChunkShape {
+            chunk: longest.min(self.q.shape()[1]).max(1),
+            dk,
+            dv,
+        }
+    }
+
+    fn head(&self, b: usize, h: usize) -> Head<'a, E> {
+        Head {
+            q: self.q.head(b, h),
+            k: self.k.head(b, h),
+            v: self.v.head(b, h),
+            decay: &self.tables[h],
+            scale: self.scale,
+        }
+    }
+
+    /// Heads that advance together.
+    fn group(&self) -> usize {
+        (RESIDENT / bytes_of::<f32>(self.shape().state_len()).max(1))
+            .clamp(1, self.tables.len().max(1))
+    }
+
+    fn bytes<B: Backend>(&self) -> usize {
+        let s = self.shape();
+        if self.q.shape()[1] <= RECURRENT {
+            return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
+        }
+        bytes_of::<f32>(self.group() * s.state_len())
+            + bytes_of::<f32>(s.score_len())
+            + s.workspace_bytes::<B>()
+    }
+}
+
+impl<E: Element> Divide for Job<'_, E> {
+    fn units(&self) -> usize {
+        if self.by_batch {
+            self.q.shape()[0]
+        } else {
+            self.tables.len()
+        }
+    }
+
+    fn flops(&self) -> usize {
+        let [b, n, h, dk] = self.q.shape();
+        4 * b * n * h * dk * self.v.shape()[3]
+    }
+
+    fn split(self, mid: usize) -> (Self, Self) {
+        let (axis, n) = (if self.by_batch { 0 } else { 2 }, self.units());
+        let (out_a, out_b) = self.out.split_at(axis, mid);
+        let (state_a, state_b) = self.state.split_at(axis.min(1), mid);
+        let (tables_a, tables_b) = if self.by_batch {
+            (self.tables, self.tables)
+        } else {
+            self.tables.split_at(mid)
+        };
+        let part = |from, to, out, state, tables| Job {
+            q: self.q.slice(axis, from, to),
+            k: self.k.slice(axis, from, to),
+            v: self.v.slice(axis, from, to),
+            out,
+            state,
+            tables,
+            scale: self.scale,
+            by_batch: self.by_batch,
+        };
+        (
+            part(0, mid, out_a, state_a, tables_a),
+            part(mid, n, out_b, state_b, tables_b),
+        )
+    }
+}
+
+/// All tokens of all heads of a job, one after the other.
+fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
+    let ([batch, len, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
+    let (qf, kf) = (scratch.take::<f32>(dk), scratch.take::<f32>(dk));
+    let (vf, yf) = (scratch.take::<f32>(dv), scratch.take::<f32>(dv));
+    for n in 0..batch {
+        for h in 0..heads {
+            for t in 0..len {
+                let at = [n, t, h, 0];
+                E::widen(b.convert(), job.q.row(at), qf);
+                E::widen(b.convert(), job.k.row(at), kf);
+                E::widen(b.convert(), job.v.row(at), vf);
+                b.call(Step {
+                    state: job.state.matrix_mut(n, h),
+                    stride: dv,
+                    forget: job.tables[h].forget(1),
+                    q: qf,
+                    k: kf,
+                    v: vf,
+                    out: &mut *yf,
+                    scale: job.scale,
+                });
+                E::narrow(b.convert(), yf, job.out.row_mut(at));
+            }
+        }
+    }
+}
+
+/// A job in the chunk form: chunks outside, heads inside, so that the rows of a chunk are read from memory
+/// page by page while the states wait in the second cache level.
+fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
+    let ([batch, len, heads, _], shape, group) = (job.q.shape(), job.shape(), job.group());
+    let states = scratch.take::<f32>(group * shape.state_len());
+    let scores = scratch.take::<f32>(shape.score_len());
+    let mut work = Workspace::<B>::new(shape, &mut scratch);
+    let stride = shape.score_stride();
+    for n in 0..batch {
+        for first in (0..heads).step_by(group) {
+            let last = heads.min(first + group);
+            for (h, panels) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
+                b.call(ToPanels {
+                    state: job.state.matrix_mut(n, h),
+                    dv: shape.dv,
+                    panels,
+                });
+            }
+            for at in (0..len).step_by(shape.chunk) {
+                let rows = shape.chunk.min(len - at);
+                for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
+                    let head = job.head(n, h);
+                    let work = &mut work;
+                    b.call(Scores {
+                        head,
+                        at,
+                        rows,
+                        work: &mut *work,
+                        scores: &mut *scores,
+                        stride,
+                    });
+                    let out = job.out.head_mut(n, h);
+                    b.call(Advance {
+                        head,
+                        at,
+                        rows,
+                        work,
+                        scores,
+                        stride,
+                        out,
+                        state,
+                    });
+                }
+            }
+            for (h, panels) in (first..last).zip(states.chunks_exact(shape.state_len())) {
+                let state = job.state.reborrow().head_rows(n, h);
+                b.call(FromPanels { panels, state });
+            }
+        }
+    }
+}
+
+/// Scores of some chunks of one head.
+struct ScoreJob<'a, E> {
+    head: Head<'a, E>,
+    shape: ChunkShape,
+    /// First row.
+    at: usize,
+    /// One past the last row.
+    end: usize,
+    scores: &'a mut [f32],
+}
+
+impl<E: Element> Divide for ScoreJob<'_, E> {
+    fn units(&self) -> usize {
+        (self.end - self.at).div_ceil(self.shape.chunk)
+    }
+    fn flops(&self) -> usize {
+        (self.end - self.at) * self.shape.chunk * self.shape.dk
+    }
+    fn split(self, mid: usize) -> (Self, Self) {
+        let (a, b) = self.scores.split_at_mut(mid * self.shape.score_len());
+        let border = self.at + mid * self.shape.chunk;
+        let part = |at, end, scores| ScoreJob {
+            head: self.head,
+            shape: self.shape,
+            at,
+            end,
+            scores,
+        };
+        (part(self.at, border, a), part(border, self.end, b))
+    }
+}
+
+/// Some value columns of one head, over the rows whose scores are known.
+struct ColumnJob<'a, E> {
+    head: Head<'a, E>,
+    shape: ChunkShape,
+    at: usize,
+    end: usize,
+    scores: &'a [f32],
+    out: ViewMut<'a, E, 2>,
+    state: &'a mut [f32],
+}
+
+impl<E: Element> Divide for ColumnJob<'_, E> {
+    fn units(&self) -> usize {
+        self.head.v.shape()[1].div_ceil(PANEL)
+    }
+    fn flops(&self) -> usize {
+        4 * (self.end - self.at) * self.shape.dk * self.head.v.shape()[1]
+    }
+    fn split(self, mid: usize) -> (Self, Self) {
+        let dv = self.head.v.shape()[1];
+        let border = mid * PANEL;
+        let (out_a, out_b) = self.out.split_at(1, border);
+        let (state_a, state_b) = self.state.split_at_mut(border * self.shape.dk);
+        let part = |from, to, out, state| ColumnJob {
+            head: Head {
+                v: self.head.v.slice(1, from, to),
+                ..self.head
+            },
+            shape: self.shape,
+            at: self.at,
+            end: self.end,
+            scores: self.scores,
+            out,
+            state,
+        };
+        (
+            part(0, border, out_a, state_a),
+            part(border, dv, out_b, state_b),
+        )
+    }
+}
+
+/// A job whose heads are too few for the threads: they work on one head at a time together.
+fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut scratch: Cut<'_>) {
+    let ([batch, len, heads, _], shape) = (job.q.shape(), job.shape());
+    let panels = scratch.take::<f32>(shape.state_len());
+    let scores = scratch.take::<f32>(AHEAD * shape.score_len());
+    let per_part = shape.workspace_bytes::<B>();
+    let workspaces = scratch.take::<u8>(parts * per_part);
+    let stride = shape.score_stride();
+    for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
+        b.call(ToPanels {
+            state: job.state.matrix_mut(n, h),
+            dv: shape.dv,
+            panels: &mut *panels,
+        });
+        let head = job.head(n, h);
+        for at in (0..len).step_by(AHEAD * shape.chunk) {
+            let end = len.min(at + AHEAD * shape.chunk);
+            let ahead = ScoreJob {
+                head,
+                shape,
+                at,
+                end,
+                scores: &mut *scores,
+            };
+            divide(
+                ahead,
+                parts,
+                Cut::new(workspaces),
+                per_part,
+                &|part: ScoreJob<'_, E>, mut cut: Cut<'_>| {
+                    let mut work = Workspace::<B>::new(shape, &mut cut);
+                    let chunks = part.scores.chunks_exact_mut(shape.score_len());
+                    for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
+                        let rows = shape.chunk.min(part.end - at);
+                        b.call(Scores {
+                            head,
+                            at,
+                            rows,
+                            work: &mut work,
+                            scores,
+                            stride,
+                        });
+                    }
+                },
+            );
+            let out = job.out.head_mut(n, h);
+            let columns = ColumnJob {
+                head,
+                shape,
+                at,
+                end,
+                scores,
+                out,
+                state: &mut *panels,
+            };
+            divide(
+                columns,
+                parts,
+                Cut::new(workspaces),
+                per_part,
+                &|mut part: ColumnJob<'_, E>, mut cut: Cut<'_>| {
+                    let mut work = Workspace::<B>::new(shape, &mut cut);
+                    let chunks = part.scores.chunks_exact(shape.score_len());
+                    for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
+                        let (rows, head) = (shape.chunk.min(part.end - at), part.head);
+                        let (out, state) = (part.out.reborrow(), &mut *part.state);
+                        b.call(Advance {
+                            head,
+                            at,
+                            rows,
+                            work: &mut work,
+                            scores,
+                            stride,
+                            out,
+                            state,
+                        });
+                    }
+                },
+            );
+        }
+        b.call(FromPanels {
+            panels,
+            state: job.state.reborrow().head_rows(n, h),
+        });
+    }
+}
+
+/// A call, ready to be dispatched.
+struct Forward<'r, 'a, E> {
+    rt: &'r Runtime,
+    job: Job<'a, E>,
+}
+
+impl<E: Element> Task for Forward<'_, '_, E> {
+    type Output = Result<()>;
+
+    fn run<B: Backend>(self, b: B) -> Result<()> {
+        let Forward { rt, mut job } = self;
+        let ([batch, len, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
+        if batch * len * heads * dv == 0 {
+            return Ok(());
+        }
+        if dk == 0 {
+            for (n, t, h) in indices(batch, len, heads) {
+                job.out.row_mut([n, t, h, 0]).fill(E::default());
+            }
+            return Ok(());
+        }
+        if len <= RECURRENT {
+            let bytes = job.bytes::<B>();
+            return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
+        }
+        if batch * heads < rt.threads() && dv > PANEL {
+            let (shape, parts) = (job.shape(), rt.threads());
+            let bytes = bytes_of::<f32>(shape.state_len())
+                + bytes_of::<f32>(AHEAD * shape.score_len())
+                + bytes_of::<u8>(parts * shape.workspace_bytes::<B>());
+            return rt.with_scratch(bytes, |cut| shared(b, job, parts, cut));
+        }
+        let bytes = job.bytes::<B>();
+        rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))
+    }
+}
+
+fn indices(batch: usize, len: usize, heads: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..batch).flat_map(move |n| (0..len).flat_map(move |t| (0..heads).map(move |h| (n, t, h))))
+}
+
+/// Runs a checked call.
+pub(super) fn run<E: Element>(
+    rt: &Runtime,
+    op: &LightningAttention,
+    [q, k, v]: [View<'_, E, 4>; 3],
+    out: ViewMut<'_, E, 4>,
+    state: ViewMut<'_, f32, 4>,
+) -> Result<()> {
+    let [batch, _, heads, _] = q.shape();
+    let by_batch = heads < rt.threads() && heads < batch;
+    rt.run(Forward {
+        rt,
+        job: Job {
+            q,
+            k,
+            v,
+            out,
+            state,
+            tables: &op.tables,
+            scale: op.scale,
+            by_batch,
+        },
+    })
+}
+
+/// Scratch of one part of a long call.
+pub(super) fn scratch_bytes(rt: &Runtime, op: &LightningAttention, dk: usize, dv: usize) -> usize {
+    struct Ask<'a>(&'a LightningAttention, usize, usize);
+    impl Task for Ask<'_> {
+        type Output = usize;
+        fn run<B: Backend>(self, _: B) -> usize {
+            let chunk = self.0.tables.first().map_or(1, DecayTable::chunk);
+            let shape = ChunkShape {
+                chunk,
+                dk: self.1,
+                dv: self.2,
+            };
+            let group = (RESIDENT / bytes_of::<f32>(shape.state_len()).max(1))
+                .clamp(1, self.0.heads().max(1));
+            bytes_of::<f32>(group * shape.state_len())
+                + bytes_of::<f32>(shape.score_len())
+                + shape.workspace_bytes::<B>()
+        }
+    }
+    rt.run(Ask(op, dk, dv))
+}

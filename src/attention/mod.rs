@@ -1,0 +1,9 @@
+//! Attention operations on views: validation, division into tasks, and the choice of a form.
+//!
+//! Every mechanism has a folder with its `f64` definition (`naive`) beside the fast forms. Shapes are
+//! `[batch, len, heads, dim]` throughout; outer strides are free.
+
+pub mod lightning;
+mod state;
+
+pub use state::State;

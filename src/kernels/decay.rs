@@ -1,0 +1,105 @@
+//! Powers of a per-head decay `lambda = exp(-slope)`, formed in `f64` and rounded once.
+
+use alloc::vec::Vec;
+
+/// How a state forgets over a number of steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Forget {
+    /// Completely: the new state does not depend on the old one, whatever it held.
+    All,
+    /// `S <- factor * S + new`, for steep decays.
+    Scale(f32),
+    /// `S <- S + (new - share * S)`, for decays so close to 1 that a rounded factor would misstate them.
+    Share(f32),
+}
+
+impl Forget {
+    /// What `steps` steps of `slope` forget.
+    #[must_use]
+    pub fn over(slope: f64, steps: usize) -> Self {
+        let x = slope * steps as f64;
+        if steps == 0 {
+            Forget::Share(0.0)
+        } else if x == f64::INFINITY {
+            Forget::All
+        } else if x <= core::f64::consts::LN_2 {
+            Forget::Share(-libm::expm1(-x) as f32)
+        } else {
+            Forget::Scale(power(slope, steps))
+        }
+    }
+}
+
+/// `exp(-slope * steps)`, with results below the normal range of `f32` as 0.
+#[must_use]
+pub fn power(slope: f64, steps: usize) -> f32 {
+    if steps == 0 {
+        return 1.0;
+    }
+    let p = libm::exp(-slope * steps as f64) as f32;
+    if p < f32::MIN_POSITIVE { 0.0 } else { p }
+}
+
+/// The powers that a chunk of up to `chunk` tokens needs.
+#[derive(Clone, Debug)]
+pub struct DecayTable {
+    chunk: usize,
+    slope: f64,
+    full: Forget,
+    /// `lambda^1, lambda^2, .. lambda^chunk`
+    up: Vec<f32>,
+    /// `lambda^(chunk-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
+    down: Vec<f32>,
+}
+
+impl DecayTable {
+    /// Tables for one head. `slope` is not NaN and not negative, `chunk` not zero.
+    #[must_use]
+    pub fn new(slope: f64, chunk: usize) -> Self {
+        let up: Vec<f32> = (1..=chunk).map(|j| power(slope, j)).collect();
+        let mut down: Vec<f32> = (0..chunk).rev().map(|j| power(slope, j)).collect();
+        down.resize(2 * chunk + 2 * crate::simd::PANEL, 0.0);
+        Self {
+            chunk,
+            slope,
+            full: Forget::over(slope, chunk),
+            up,
+            down,
+        }
+    }
+
+    /// The largest number of rows.
+    #[must_use]
+    pub fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// `lambda^(r+1)`, the weight of the incoming state in row `r`.
+    #[must_use]
+    pub fn query(&self, rows: usize) -> &[f32] {
+        &self.up[..rows]
+    }
+
+    /// `lambda^(rows-1-r)`, the weight of row `r` in the outgoing state.
+    #[must_use]
+    pub fn key(&self, rows: usize) -> &[f32] {
+        &self.down[self.chunk - rows..self.chunk]
+    }
+
+    /// `lambda^(row-c)` for columns `c = from, from + 1, ..`, zero for `c > row`.
+    #[inline(always)]
+    #[must_use]
+    pub fn mask(&self, row: usize, from: usize) -> &[f32] {
+        &self.down[self.chunk - 1 - row + from..]
+    }
+
+    /// What `rows` steps forget.
+    #[must_use]
+    pub fn forget(&self, rows: usize) -> Forget {
+        if rows == self.chunk {
+            self.full
+        } else {
+            Forget::over(self.slope, rows)
+        }
+    }
+}

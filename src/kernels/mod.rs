@@ -1,0 +1,10 @@
+//! Building blocks of the operations: blocked products, reductions, norms, recurrences.
+//!
+//! Kernels are safe code over [`Lanes`](crate::simd::Lanes) and [`Tiles`](crate::simd::Tiles), know neither
+//! instruction sets nor threads, and trust their callers to have checked every argument: a wrong one panics.
+
+pub mod chunk;
+pub mod decay;
+pub mod gemm;
+pub mod recurrence;
+pub mod store;

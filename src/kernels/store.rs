@@ -1,0 +1,90 @@
+//! The sink of ordinary products: finished rows go to an output matrix.
+
+use crate::simd::{Lanes, Sink};
+use crate::tensor::ViewMut;
+
+/// What becomes of the old contents of an output.
+#[derive(Clone, Copy, Debug)]
+pub enum Keep<'a> {
+    /// Overwritten, whatever it was.
+    Nothing,
+    /// Added to.
+    All,
+    /// Added to after row `i` was multiplied by `factor[i]`.
+    Rows(&'a [f32]),
+}
+
+/// `out[i][j] = keep(out[i][j]) + scale[i] * (alpha * product[i][j] + bias[j])`
+#[derive(Debug)]
+pub struct Store<'a> {
+    /// `m x n`
+    pub out: ViewMut<'a, f32, 2>,
+    /// What becomes of its old contents.
+    pub keep: Keep<'a>,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// One summand per column.
+    pub bias: Option<&'a [f32]>,
+    /// One factor per row.
+    pub scale: Option<&'a [f32]>,
+}
+
+impl<'a> Store<'a> {
+    /// Overwrites `out` with the product.
+    pub fn new(out: ViewMut<'a, f32, 2>) -> Self {
+        Self {
+            out,
+            keep: Keep::Nothing,
+            alpha: 1.0,
+            bias: None,
+            scale: None,
+        }
+    }
+}
+
+impl<L: Lanes> Sink<L> for Store<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        let out = &mut self.out.row_mut([i, 0])[j..j + width];
+        let scale = self.scale.map(|s| s[i]);
+        let bias = self.bias.map(|b| &b[j..j + width]);
+        if width == V * L::N {
+            for (v, acc) in acc.iter().enumerate() {
+                let at = v * L::N;
+                let bias = bias.map(|b| l.load(&b[at..]));
+                let new = finish(l, *acc, self.alpha, bias, scale);
+                let new = keep(l, self.keep, i, new, |l| l.load(&out[at..]));
+                l.store(&mut out[at..], new);
+            }
+        } else {
+            for (v, acc) in acc.iter().enumerate() {
+                let at = (v * L::N).min(width);
+                let bias = bias.map(|b| l.load_head(&b[at..]));
+                let new = finish(l, *acc, self.alpha, bias, scale);
+                let new = keep(l, self.keep, i, new, |l| l.load_head(&out[at..]));
+                l.store_head(&mut out[at..], new);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn finish<L: Lanes>(l: L, acc: L::F, alpha: f32, bias: Option<L::F>, scale: Option<f32>) -> L::F {
+    let mut x = l.mul(acc, l.splat(alpha));
+    if let Some(b) = bias {
+        x = l.add(x, b);
+    }
+    if let Some(s) = scale {
+        x = l.mul(x, l.splat(s));
+    }
+    x
+}
+
+#[inline(always)]
+fn keep<L: Lanes>(l: L, keep: Keep<'_>, i: usize, new: L::F, old: impl FnOnce(L) -> L::F) -> L::F {
+    match keep {
+        Keep::Nothing => new,
+        Keep::All => l.add(old(l), new),
+        Keep::Rows(factor) => l.mul_add(old(l), l.splat(factor[i]), new),
+    }
+}
