@@ -46,6 +46,8 @@ pub struct DecayTable {
     chunk: usize,
     slope: f64,
     full: Forget,
+    /// Chunks from one flush of tiny state elements to the next.
+    flush_every: usize,
     /// `lambda^1, lambda^2, .. lambda^chunk`
     up: Vec<f32>,
     /// `lambda^(chunk-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
@@ -59,10 +61,13 @@ impl DecayTable {
         let up: Vec<f32> = (1..=chunk).map(|j| power(slope, j)).collect();
         let mut down: Vec<f32> = (0..chunk).rev().map(|j| power(slope, j)).collect();
         down.resize(2 * chunk + 2 * crate::simd::PANEL, 0.0);
+        // An element that was 2^-100 or larger loses at most a factor 2^-8 between flushes and stays normal.
+        let period = 8.0 * core::f64::consts::LN_2 / (slope * chunk as f64);
         Self {
             chunk,
             slope,
             full: Forget::over(slope, chunk),
+            flush_every: (period as usize).clamp(1, 1 << 20),
             up,
             down,
         }
@@ -91,6 +96,13 @@ impl DecayTable {
     #[must_use]
     pub fn mask(&self, row: usize, from: usize) -> &[f32] {
         &self.down[self.chunk - 1 - row + from..]
+    }
+
+    /// Whether tiny elements of the state are to be zeroed after the chunk that begins at row `at`: often enough
+    /// that a decaying state never reaches the subnormals.
+    #[must_use]
+    pub fn flush_due(&self, at: usize, rows: usize) -> bool {
+        rows < self.chunk || (at / self.chunk + 1).is_multiple_of(self.flush_every)
     }
 
     /// What `rows` steps forget.
