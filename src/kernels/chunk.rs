@@ -12,13 +12,13 @@
 //! The state is kept in panels of [`PANEL`] value columns. A panel (`d x 32`) is read into the first cache
 //! level once per chunk: it serves the output product and is updated in place right after.
 
-use super::decay::{DecayTable, Forget};
+use super::decay::{DecayTable, Flushed, Forget, Form, Fresh, Scaled, Shared};
 use super::recurrence::Step;
 use super::store::Store;
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
-    right_len,
+    each_row, right_len,
 };
 use crate::tensor::{Element, Layout, View, ViewMut};
 
@@ -283,22 +283,49 @@ struct Update<'a> {
     flush: bool,
 }
 
+impl Update<'_> {
+    #[inline(always)]
+    fn tile<L: Lanes, const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        acc: &[[L::F; V]; M],
+        form: impl Form,
+    ) {
+        let lane = if V * L::N == PANEL { 0 } else { j % PANEL };
+        let rows = &mut self.state[i * PANEL..][..M * PANEL];
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut rows[r * PANEL + lane..][..V * L::N]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            for v in 0..V {
+                row[v] = form.next(l, row[v], acc[r][v]);
+            }
+        });
+    }
+}
+
 impl<L: Lanes> Sink<L> for Update<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let (state, _) = l.split_mut(&mut self.state[i * PANEL + j % PANEL..][..V * L::N]);
-        let state: &mut [L::F; V] = state.try_into().expect("V vectors");
-        for v in 0..V {
-            state[v] = match self.forget {
-                Forget::All => acc[v],
-                Forget::Scale(f) => l.mul_add(state[v], l.splat(f), acc[v]),
-                Forget::Share(f) => l.add(state[v], l.mul_add(state[v], l.splat(-f), acc[v])),
-            };
-        }
-        if self.flush {
-            for s in state {
-                *s = l.flush(*s);
-            }
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        match (self.forget, self.flush) {
+            (Forget::All, _) => self.tile(l, i, j, acc, Flushed(Fresh)),
+            (Forget::Scale(f), false) => self.tile(l, i, j, acc, Scaled(f)),
+            (Forget::Scale(f), true) => self.tile(l, i, j, acc, Flushed(Scaled(f))),
+            (Forget::Share(f), false) => self.tile(l, i, j, acc, Shared(f)),
+            (Forget::Share(f), true) => self.tile(l, i, j, acc, Flushed(Shared(f))),
         }
     }
 }
@@ -417,7 +444,14 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             match E::as_f32_view(out.reborrow()) {
                 Some(out) => {
                     let out = out.slice(0, at, at + m).slice(1, j, j + n);
-                    t.product(b, &product, &mut Meanwhile { sink: Store::new(out), ahead });
+                    t.product(
+                        b,
+                        &product,
+                        &mut Meanwhile {
+                            sink: Store::new(out),
+                            ahead,
+                        },
+                    );
                 }
                 None => {
                     let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
@@ -441,7 +475,11 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 causal: false,
                 lower: false,
             };
-            let sink = Update { state, forget, flush };
+            let sink = Update {
+                state,
+                forget,
+                flush,
+            };
             t.product(b, &product, &mut Meanwhile { sink, ahead });
         }
     }
@@ -573,7 +611,12 @@ pub struct Ahead {
 
 impl Ahead {
     /// The rows `at .. at + rows` of a head and its output.
-    pub fn new<E: Element>(head: &Head<'_, E>, out: &ViewMut<'_, E, 2>, at: usize, rows: usize) -> Self {
+    pub fn new<E: Element>(
+        head: &Head<'_, E>,
+        out: &ViewMut<'_, E, 2>,
+        at: usize,
+        rows: usize,
+    ) -> Self {
         let part = |address: usize, layout: Layout<2>| {
             let size = size_of::<E>();
             let stride = layout.strides()[0] * size;
@@ -581,20 +624,36 @@ impl Ahead {
         };
         let [k, q, v] = [head.k, head.q, head.v].map(|x| part(x.address(), x.layout()));
         let parts = [k, q, v, part(out.address(), out.layout())];
-        Self { parts, rows, part: if rows == 0 { 4 } else { 0 }, row: 0, start: 0, column: 0 }
+        Self {
+            parts,
+            rows,
+            part: if rows == 0 { 4 } else { 0 },
+            row: 0,
+            start: 0,
+            column: 0,
+        }
     }
 
     /// Nothing.
     #[must_use]
     pub const fn none() -> Self {
-        Self { parts: [(0, 0, 0); 4], rows: 0, part: 4, row: 0, start: 0, column: 0 }
+        Self {
+            parts: [(0, 0, 0); 4],
+            rows: 0,
+            part: 4,
+            row: 0,
+            start: 0,
+            column: 0,
+        }
     }
 
     /// Asks for one line.
     #[inline(always)]
     fn step<L: Lanes>(&mut self, l: L) {
         const LINE: usize = 64;
-        let Some((address, stride, width)) = self.parts.get(self.part) else { return };
+        let Some((address, stride, width)) = self.parts.get(self.part) else {
+            return;
+        };
         l.prefetch(address + self.start + self.column);
         self.column += LINE;
         if self.column >= *width {
@@ -617,8 +676,21 @@ struct Meanwhile<'b, S> {
 impl<L: Lanes, S: Sink<L>> Sink<L> for Meanwhile<'_, S> {
     #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.ahead.step(l);
-        self.ahead.step(l);
-        self.sink.put(l, i, j, width, acc);
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        for _ in 0..2 * M {
+            self.ahead.step(l);
+        }
+        self.sink.put_tile(l, i, j, width, acc);
     }
 }

@@ -1,5 +1,6 @@
 //! Powers of a per-head decay `lambda = exp(-slope)`, formed in `f64` and rounded once.
 
+use crate::simd::Lanes;
 use alloc::vec::Vec;
 
 /// How a state forgets over a number of steps.
@@ -11,6 +12,55 @@ pub enum Forget {
     Scale(f32),
     /// `S <- S + (new - share * S)`, for decays so close to 1 that a rounded factor would misstate them.
     Share(f32),
+}
+
+/// One form of [`Forget`] applied to vectors: a type, so that loops over a state have no branch inside.
+pub(crate) trait Form: Copy {
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F;
+}
+
+/// [`Forget::All`]
+#[derive(Clone, Copy)]
+pub(crate) struct Fresh;
+
+/// [`Forget::Scale`]
+#[derive(Clone, Copy)]
+pub(crate) struct Scaled(pub f32);
+
+/// [`Forget::Share`]
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(pub f32);
+
+/// Another form, with tiny results flushed to zero.
+#[derive(Clone, Copy)]
+pub(crate) struct Flushed<F>(pub F);
+
+impl Form for Fresh {
+    #[inline(always)]
+    fn next<L: Lanes>(self, _: L, _: L::F, new: L::F) -> L::F {
+        new
+    }
+}
+
+impl Form for Scaled {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.mul_add(old, l.splat(self.0), new)
+    }
+}
+
+impl Form for Shared {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.add(old, l.mul_add(old, l.splat(-self.0), new))
+    }
+}
+
+impl<F: Form> Form for Flushed<F> {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.flush(self.0.next(l, old, new))
+    }
 }
 
 impl Forget {

@@ -44,7 +44,10 @@ impl<'a> Store<'a> {
     /// Whether there is nothing to do but to write the product.
     #[inline(always)]
     fn is_plain(&self) -> bool {
-        matches!(self.keep, Keep::Nothing) && self.alpha == 1.0 && self.bias.is_none() && self.scale.is_none()
+        matches!(self.keep, Keep::Nothing)
+            && self.alpha == 1.0
+            && self.bias.is_none()
+            && self.scale.is_none()
     }
 }
 

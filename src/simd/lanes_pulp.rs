@@ -284,7 +284,10 @@ mod x86 {
             }
             for c in 0..4 {
                 write(c, cast(f._mm256_permute2f128_ps::<0x20>(r[c], r[4 + c])));
-                write(4 + c, cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c])));
+                write(
+                    4 + c,
+                    cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c])),
+                );
             }
         }
         #[inline(always)]

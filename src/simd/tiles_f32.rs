@@ -67,16 +67,7 @@ impl<B: Backend, S: Sink<B::L>, const M: usize, const W: usize> Kernel<B> for Ti
         }
         // SAFETY: as above.
         acc = unsafe { add::<B::L, M, W>(l, self.second, acc) };
-        // Spelled out, because an accumulator that is ever indexed by a variable lives in memory.
-        macro_rules! rows {
-            ($($r:literal)*) => {$(
-                if $r < M {
-                    self.sink.put(l, self.i + $r, self.j, self.width, &acc[$r]);
-                }
-            )*};
-        }
-        const { assert!(M <= 12) };
-        rows!(0 1 2 3 4 5 6 7 8 9 10 11);
+        self.sink.put_tile(l, self.i, self.j, self.width, &acc);
     }
 }
 
@@ -158,7 +149,10 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         sink: &mut S,
     ) {
         b.call(Tile::<S, M, W> {
-            first: p.first.as_ref().map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
+            first: p
+                .first
+                .as_ref()
+                .map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
             scale: p.first.as_ref().map(|(_, scale)| &scale[i..]),
             second: p.second.as_ref().map_or(Strip::EMPTY, |t| {
                 Self::strip(t, i, j, if p.causal { t.k.min(i + M) } else { t.k })
@@ -180,7 +174,11 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             a: term.left.data.as_ptr().wrapping_add(i * rows),
             rows,
             steps,
-            b: term.right.data.as_ptr().wrapping_add(j / PANEL * term.right.step + j % PANEL),
+            b: term
+                .right
+                .data
+                .as_ptr()
+                .wrapping_add(j / PANEL * term.right.step + j % PANEL),
             stride: term.right.stride,
             k,
         }
@@ -188,7 +186,12 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
 
     /// All rows against one panel of `W` vectors, tails in smaller tiles instead of padding.
     #[inline(always)]
-    fn panel<const W: usize, B: Backend<L = L>, S: Sink<L>>(b: B, p: &Product<'_, f32>, j: usize, sink: &mut S) {
+    fn panel<const W: usize, B: Backend<L = L>, S: Sink<L>>(
+        b: B,
+        p: &Product<'_, f32>,
+        j: usize,
+        sink: &mut S,
+    ) {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         while i + MR <= p.m {
@@ -286,7 +289,10 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
                 for i in 0..m {
                     copy(l, &src.data[i * s..][..k], &mut dst[i * (k + GAP)..][..k]);
                 }
-                Left { data: dst, order: Order::Rows(k + GAP) }
+                Left {
+                    data: dst,
+                    order: Order::Rows(k + GAP),
+                }
             }
             _ => src,
         }
@@ -351,7 +357,10 @@ fn pack_columns<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, 
             let dst = &mut dst[at + p * PANEL..][..(depth - 1) * PANEL + L::N];
             if depth == L::N && j + L::N <= n {
                 let src = &src[j * stride + p..];
-                l.transpose(|c| l.load(&src[c * stride..]), |r, x| l.store(&mut dst[r * PANEL..], x));
+                l.transpose(
+                    |c| l.load(&src[c * stride..]),
+                    |r, x| l.store(&mut dst[r * PANEL..], x),
+                );
             } else {
                 let column = |c: usize| match (j + c).cmp(&n) {
                     Ordering::Less => l.load_head(&src[(j + c) * stride + p..][..depth]),

@@ -6,7 +6,9 @@
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::chunk::{Advance, Ahead, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
+use crate::kernels::chunk::{
+    Advance, Ahead, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace,
+};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime, divide};
@@ -163,7 +165,11 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                 for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
                     let head = job.head(n, h);
                     let work = &mut work;
-                    let (next, start) = if h + 1 < last { (h + 1, at) } else { (first, at + rows) };
+                    let (next, start) = if h + 1 < last {
+                        (h + 1, at)
+                    } else {
+                        (first, at + rows)
+                    };
                     let ahead = &mut Ahead::new(
                         &job.head(n, next),
                         &job.out.head_mut(n, next),
