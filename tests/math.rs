@@ -5,6 +5,7 @@
 use linattn::Runtime;
 use linattn::simd::math::{self, reduce_angle};
 use linattn::simd::{Backend, Isa, Kernel, Lanes, Task};
+use std::f32::consts::{FRAC_1_SQRT_2, SQRT_2};
 use std::f64::consts::PI;
 use std::sync::Mutex;
 
@@ -15,7 +16,7 @@ trait Function: Copy + Send + Sync {
     const ULP: f64;
     /// Arguments at which the implementation changes its form.
     const SEAMS: &'static [f32];
-    fn vector<L: Lanes>(l: L, x: L::F) -> L::F;
+    fn vector<L: Lanes>(self, l: L, x: L::F) -> L::F;
     fn exact(x: f64) -> f64;
 }
 
@@ -28,7 +29,7 @@ macro_rules! function {
             const ULP: f64 = $ulp;
             const SEAMS: &'static [f32] = &$seams;
             #[inline(always)]
-            fn vector<L: Lanes>(l: L, x: L::F) -> L::F {
+            fn vector<L: Lanes>(self, l: L, x: L::F) -> L::F {
                 math::$name(l, x)
             }
             fn exact(x: f64) -> f64 {
@@ -39,7 +40,7 @@ macro_rules! function {
 }
 
 function!(Exp, exp, 2.0, [-87.33654, 88.72283, 88.72284], f64::exp);
-function!(Ln, ln, 2.0, [0.707_106_77, 1.0, 1.414_213_5], f64::ln);
+function!(Ln, ln, 2.0, [FRAC_1_SQRT_2, 1.0, SQRT_2], f64::ln);
 function!(Tanh, tanh, 2.0, [0.55, 9.02], f64::tanh);
 function!(Erf, erf, 2.0, [0.85, 4.0], libm::erf);
 function!(Sigmoid, sigmoid, 2.0, [-87.33654, -64.0, 64.0], |x: f64| {
@@ -72,10 +73,10 @@ impl<B: Backend, F: Function> Kernel<B> for Apply<'_, F> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let (l, _) = (b.lanes(), self.function);
-        let n = <B::L as Lanes>::N;
-        for (x, y) in self.x.chunks(n).zip(self.y.chunks_mut(n)) {
-            l.store_head(y, F::vector(l, l.load_head(x)));
+        let Apply { function, x, y } = self;
+        let (l, n) = (b.lanes(), <B::L as Lanes>::N);
+        for (x, y) in x.chunks(n).zip(y.chunks_mut(n)) {
+            l.store_head(y, function.vector(l, l.load_head(x)));
         }
     }
 }
@@ -323,7 +324,7 @@ impl Function for Sin {
     const ULP: f64 = f64::INFINITY;
     const SEAMS: &'static [f32] = &[];
     #[inline(always)]
-    fn vector<L: Lanes>(l: L, x: L::F) -> L::F {
+    fn vector<L: Lanes>(self, l: L, x: L::F) -> L::F {
         math::sin_cos(l, x).0
     }
     fn exact(x: f64) -> f64 {
@@ -338,7 +339,7 @@ impl Function for Cos {
     const ULP: f64 = f64::INFINITY;
     const SEAMS: &'static [f32] = &[];
     #[inline(always)]
-    fn vector<L: Lanes>(l: L, x: L::F) -> L::F {
+    fn vector<L: Lanes>(self, l: L, x: L::F) -> L::F {
         math::sin_cos(l, x).1
     }
     fn exact(x: f64) -> f64 {

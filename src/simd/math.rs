@@ -119,7 +119,7 @@ pub fn ln<L: Lanes>(l: L, x: L::F) -> L::F {
     l.select(l.lt(x, l.splat(f32::INFINITY)), y, x)
 }
 
-/// `a / (1 + e^-x)` for `x >= low`, zero below. Finite and accurate for `low >= -104`, where `e^-x` is not.
+/// `a / (1 + e^-x)` for `x >= low`, zero below. Holds for `low >= -104`, although `e^-x` overflows before.
 #[inline(always)]
 fn logistic<L: Lanes>(l: L, a: L::F, x: L::F, low: f32) -> L::F {
     /// 2^-32
