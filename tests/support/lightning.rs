@@ -1,4 +1,5 @@
 //! One call of Lightning Attention with its definition beside it.
+#![allow(dead_code)] // every test program uses its own part of it
 
 use crate::support::{normal, widen};
 use linattn::Runtime;

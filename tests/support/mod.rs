@@ -83,3 +83,12 @@ pub fn heads_first_mut<T>(data: &mut [T], [b, h, n, d]: [usize; 4]) -> ViewMut<'
     let view = ViewMut::new(data, [b, h, n, d]).expect("a tensor");
     view.permute([0, 2, 1, 3]).expect("a permutation")
 }
+
+/// Panics at the first element whose bits differ.
+#[track_caller]
+pub fn same_bits(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}: number of elements");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert_eq!(g.to_bits(), w.to_bits(), "{what}: element {i}: {g} and {w}");
+    }
+}
