@@ -3,6 +3,7 @@
 //! Kernels are safe code over [`Lanes`](crate::simd::Lanes) and [`Tiles`](crate::simd::Tiles), know neither
 //! instruction sets nor threads, and trust their callers to have checked every argument: a wrong one panics.
 
+pub mod activation;
 pub mod chunk;
 pub mod decay;
 pub mod gemm;
