@@ -6,6 +6,10 @@
 pub mod activation;
 pub mod chunk;
 pub mod decay;
+pub mod elementwise;
 pub mod gemm;
+pub mod norm;
 pub mod recurrence;
+pub mod rotary;
+pub mod rows;
 pub mod store;

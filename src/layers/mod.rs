@@ -5,6 +5,7 @@ mod linear;
 mod minimax_lightning;
 mod norm;
 mod rotary;
+mod rows;
 mod sglu;
 mod transnormer_block;
 
