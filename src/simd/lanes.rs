@@ -52,8 +52,6 @@ pub trait Lanes: Copy + Send + Sync + 'static {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `c - a * b`, fused where the machine can.
     fn neg_mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// Whether [`mul_add`](Self::mul_add) rounds once.
-    const FUSED: bool;
     /// Lane-wise minimum.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// Lane-wise maximum.

@@ -26,7 +26,6 @@ impl Lanes for Portable {
     type U = W;
     type M = f32x4;
     const N: usize = 4;
-    const FUSED: bool = cfg!(target_feature = "fma") || cfg!(target_arch = "aarch64");
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {

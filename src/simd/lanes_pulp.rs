@@ -32,7 +32,6 @@ impl<S: Shuffle> Lanes for Pulp<S> {
     type U = S::u32s;
     type M = S::m32s;
     const N: usize = S::F32_LANES;
-    const FUSED: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> S::f32s {

@@ -1,0 +1,73 @@
+//! Work on the rows of matrices, one vector after the other.
+
+use crate::simd::{Backend, Kernel, Lanes};
+use crate::tensor::{View, ViewMut};
+
+/// What is done to one row of `out`, given the same row of `IN` other matrices.
+pub trait RowKernel<const IN: usize>: Copy + Send + Sync {
+    /// Operations per element, roughly: decides whether a second thread pays.
+    const COST: usize;
+    /// One row. Implementations are `#[inline(always)]`.
+    fn row<L: Lanes>(&self, l: L, ins: [&[f32]; IN], out: &mut [f32]);
+}
+
+/// All rows of a matrix, entered as one kernel.
+#[derive(Debug)]
+pub struct Rows<'a, K, const IN: usize> {
+    /// What is done.
+    pub op: K,
+    /// Matrices with as many rows as `out`.
+    pub ins: [View<'a, f32, 2>; IN],
+    /// The matrix that is written (and read, by operations in place).
+    pub out: ViewMut<'a, f32, 2>,
+}
+
+impl<B: Backend, K: RowKernel<IN>, const IN: usize> Kernel<B> for Rows<'_, K, IN> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Rows { op, ins, mut out } = self;
+        for i in 0..out.shape()[0] {
+            let mut rows: [&[f32]; IN] = [&[]; IN];
+            for (row, view) in rows.iter_mut().zip(&ins) {
+                *row = view.row([i, 0]);
+            }
+            op.row(b.lanes(), rows, out.row_mut([i, 0]));
+        }
+    }
+}
+
+/// A function of vectors, a type so that helpers inline it.
+pub(crate) trait Map<L: Lanes, const IN: usize>: Copy {
+    /// The new value from the old one and those of the inputs.
+    fn apply(self, l: L, old: L::F, ins: [L::F; IN]) -> L::F;
+}
+
+/// `out[j] = map(out[j], ins[..][j])`. The inputs are at least as long as `out`.
+#[inline(always)]
+pub(crate) fn map<L: Lanes, const IN: usize>(
+    l: L,
+    f: impl Map<L, IN>,
+    ins: [&[f32]; IN],
+    out: &mut [f32],
+) {
+    let n = out.len();
+    let full = n / L::N * L::N;
+    let mut x = [l.zero(); IN];
+    let mut j = 0;
+    while j < full {
+        for (x, s) in x.iter_mut().zip(ins) {
+            *x = l.load(&s[j..n]);
+        }
+        let y = f.apply(l, l.load(&out[j..]), x);
+        l.store(&mut out[j..], y);
+        j += L::N;
+    }
+    if j < n {
+        for (x, s) in x.iter_mut().zip(ins) {
+            *x = l.load_head(&s[j..n]);
+        }
+        let y = f.apply(l, l.load_head(&out[j..]), x);
+        l.store_head(&mut out[j..], y);
+    }
+}
