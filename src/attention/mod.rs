@@ -4,6 +4,12 @@
 //! `[batch, len, heads, dim]` throughout; outer strides are free.
 
 pub mod lightning;
+pub mod linear;
+mod mask;
+mod scale;
+pub mod softmax;
 mod state;
 
+pub use mask::Mask;
+pub use scale::Scale;
 pub use state::State;

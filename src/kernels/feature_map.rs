@@ -1,0 +1,131 @@
+//! Feature maps of linear attention, applied to rows.
+
+use crate::simd::{Backend, Lanes, math};
+use crate::tensor::{Element, View};
+
+/// What is applied to every element of queries and keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FeatureMap {
+    /// `x`
+    #[default]
+    Identity,
+    /// `elu(x) + 1`: `x + 1` for positive `x`, `e^x` otherwise.
+    Elu1,
+    /// `max(x, 0)`
+    Relu,
+    /// `x / (1 + e^-x)`
+    Silu,
+}
+
+impl FeatureMap {
+    /// One value, in `f64`.
+    #[must_use]
+    pub fn at(self, x: f64) -> f64 {
+        match self {
+            FeatureMap::Identity => x,
+            FeatureMap::Elu1 if x > 0.0 => x + 1.0,
+            FeatureMap::Elu1 => libm::exp(x),
+            FeatureMap::Relu if x < 0.0 => 0.0,
+            FeatureMap::Relu => x,
+            FeatureMap::Silu => x / (1.0 + libm::exp(-x)),
+        }
+    }
+}
+
+/// A map as a type, so that loops over rows have no branch.
+trait Map: Copy {
+    fn at<L: Lanes>(self, l: L, x: L::F) -> L::F;
+}
+
+#[derive(Clone, Copy)]
+struct Identity;
+impl Map for Identity {
+    #[inline(always)]
+    fn at<L: Lanes>(self, _: L, x: L::F) -> L::F {
+        x
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Elu1;
+impl Map for Elu1 {
+    #[inline(always)]
+    fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
+        let above = l.add(x, l.splat(1.0));
+        l.select(l.lt(l.zero(), x), above, math::exp(l, x))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Relu;
+impl Map for Relu {
+    #[inline(always)]
+    fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
+        l.select(l.lt(x, l.zero()), l.zero(), x)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Silu;
+impl Map for Silu {
+    #[inline(always)]
+    fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
+        math::silu(l, x)
+    }
+}
+
+/// Rows `at .. at + rows` of `src` as `f32` with `map` applied; row `r` goes to `dst[r * stride ..]`.
+#[inline(always)]
+pub fn map_rows<B: Backend, E: Element>(
+    b: B,
+    map: FeatureMap,
+    src: View<'_, E, 2>,
+    [at, rows]: [usize; 2],
+    dst: &mut [f32],
+    stride: usize,
+) {
+    match map {
+        FeatureMap::Identity => rows_as(b, Identity, src, [at, rows], dst, stride),
+        FeatureMap::Elu1 => rows_as(b, Elu1, src, [at, rows], dst, stride),
+        FeatureMap::Relu => rows_as(b, Relu, src, [at, rows], dst, stride),
+        FeatureMap::Silu => rows_as(b, Silu, src, [at, rows], dst, stride),
+    }
+}
+
+#[inline(always)]
+fn rows_as<B: Backend, E: Element>(
+    b: B,
+    map: impl Map,
+    src: View<'_, E, 2>,
+    [at, rows]: [usize; 2],
+    dst: &mut [f32],
+    stride: usize,
+) {
+    let (l, width) = (b.lanes(), src.shape()[1]);
+    if width == 0 {
+        return;
+    }
+    for r in 0..rows {
+        let from = src.row([at + r, 0]);
+        let to = &mut dst[r * stride..][..width];
+        match E::as_f32(from) {
+            Some(from) => {
+                let ((s, s_tail), (d, d_tail)) = (l.split(from), l.split_mut(to));
+                for (d, s) in d.iter_mut().zip(s) {
+                    *d = map.at(l, *s);
+                }
+                l.store_head(d_tail, map.at(l, l.load_head(s_tail)));
+            }
+            None => {
+                E::widen(b.convert(), from, to);
+                let (d, d_tail) = l.split_mut(to);
+                for d in d {
+                    *d = map.at(l, *d);
+                }
+                let x = map.at(l, l.load_head(d_tail));
+                l.store_head(d_tail, x);
+            }
+        }
+    }
+}
