@@ -13,10 +13,13 @@
 use super::decay::Forget;
 use super::feature_map::{FeatureMap, map_rows};
 use super::recurrence::Step;
-use super::rows::{add_columns, all_finite, partial_dot, prefetch, stage};
+use super::staging::{add_columns, all_finite, partial_dot, prefetch, stage};
 use super::store::Store;
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
+use crate::simd::{
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
+    right_len,
+};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Most rows of a [`Chunk`]: its quadratic part stays cheap, and a pass over the state pays.
@@ -75,7 +78,15 @@ impl LinearShape {
         let Self { dk, dv } = *self;
         let rows = BLOCK.max(CHUNK);
         (
-            [rows * self.q_stride(), rows * dk, rows * dv, rows * dv, rows, rows, CHUNK * SCORES],
+            [
+                rows * self.q_stride(),
+                rows * dk,
+                rows * dv,
+                rows * dv,
+                rows,
+                rows,
+                CHUNK * SCORES,
+            ],
             [
                 right_len(dk, CHUNK),
                 right_len(rows, dv),
@@ -92,7 +103,11 @@ impl LinearShape {
     pub fn bytes<B: Backend>(&self) -> usize {
         let (floats, packed) = self.lens::<B>();
         let floats: usize = floats.iter().map(|n| bytes_of::<f32>(*n)).sum();
-        floats + packed.iter().map(|n| bytes_of::<Elem<B>>(*n)).sum::<usize>()
+        floats
+            + packed
+                .iter()
+                .map(|n| bytes_of::<Elem<B>>(*n))
+                .sum::<usize>()
     }
 }
 
@@ -133,10 +148,26 @@ impl<'a, B: Backend> LinearWork<'a, B> {
     pub fn new(shape: LinearShape, scratch: &mut Cut<'a>) -> Self {
         let (floats, packed) = shape.lens::<B>();
         let [q, k, v, out, weight, ones, scores] = floats.map(|n| scratch.take::<f32>(n));
-        let [keys, values, left_q, left_k, left_p, view_s] = packed.map(|n| scratch.take::<Elem<B>>(n));
+        let [keys, values, left_q, left_k, left_p, view_s] =
+            packed.map(|n| scratch.take::<Elem<B>>(n));
         ones.fill(1.0);
         let q_stride = shape.q_stride();
-        Self { q, k, v, out, weight, ones, scores, keys, values, left_q, left_k, left_p, view_s, q_stride }
+        Self {
+            q,
+            k,
+            v,
+            out,
+            weight,
+            ones,
+            scores,
+            keys,
+            values,
+            left_q,
+            left_k,
+            left_p,
+            view_s,
+            q_stride,
+        }
     }
 }
 
@@ -169,12 +200,26 @@ impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Absorb { form, k, v, rows, work, state, z } = self;
+        let Absorb {
+            form,
+            k,
+            v,
+            rows,
+            work,
+            state,
+            z,
+        } = self;
         let ([_, dk], [_, dv]) = (k.shape(), v.shape());
         map_rows(b, form.map, k, rows, work.k, dk);
         prefetch(b.lanes(), v, [rows[0] + rows[1], BLOCK]);
         let (v, v_stride) = stage(b, v, rows, work.v);
-        b.tiles().pack_right(b.lanes(), Source::Rows(v, v_stride), rows[1], dv, work.values);
+        b.tiles().pack_right(
+            b.lanes(),
+            Source::Rows(v, v_stride),
+            rows[1],
+            dv,
+            work.values,
+        );
         absorb(b, [rows[1], dk, dv], work, state, z);
     }
 }
@@ -202,11 +247,27 @@ impl<B: Backend, E: Element> Kernel<B> for Read<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Read { form, q, rows, work, state, z, out } = self;
+        let Read {
+            form,
+            q,
+            rows,
+            work,
+            state,
+            z,
+            out,
+        } = self;
         let dk = q.shape()[1];
         map_rows(b, form.map, q, rows, work.q, work.q_stride);
         weights(b.lanes(), form, dk, rows[1], work, z, false);
-        read(b, [rows[1], dk, out.shape()[1]], rows[0], work, state, out, false);
+        read(
+            b,
+            [rows[1], dk, out.shape()[1]],
+            rows[0],
+            work,
+            state,
+            out,
+            false,
+        );
     }
 }
 
@@ -237,7 +298,17 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Chunk { form, q, k, v, rows, work, state, z, mut out } = self;
+        let Chunk {
+            form,
+            q,
+            k,
+            v,
+            rows,
+            work,
+            state,
+            z,
+            mut out,
+        } = self;
         let ([_, dk], [_, dv], [at, m]) = (k.shape(), v.shape(), rows);
         let (l, t) = (b.lanes(), b.tiles());
         map_rows(b, form.map, q, rows, work.q, work.q_stride);
@@ -255,10 +326,24 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
         }
         t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
         t.pack_right(l, Source::Columns(work.k, dk), dk, m, work.keys);
-        let left = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
+        let left = Left {
+            data: &*work.q,
+            order: Order::Rows(work.q_stride),
+        };
         let left = t.pack_left(l, left, m, dk, work.left_q);
-        let term = Term { left, right: Right::packed(&*work.keys, dk), k: dk };
-        let product = Product { m, n: m, first: None, second: Some(term), causal: false, lower: true };
+        let term = Term {
+            left,
+            right: Right::packed(&*work.keys, dk),
+            k: dk,
+        };
+        let product = Product {
+            m,
+            n: m,
+            first: None,
+            second: Some(term),
+            causal: false,
+            lower: true,
+        };
         t.product(b, &product, &mut Masked(&mut *work.scores));
         weights(l, form, dk, m, work, z, true);
         read(b, [m, dk, dv], at, work, state, out, true);
@@ -296,7 +381,15 @@ impl<L: Lanes> Sink<L> for Add<'_> {
 
 /// The factors of the output rows, from mapped queries and, if `causal`, the scores of the block.
 #[inline(always)]
-fn weights<B: Backend>(l: B::L, form: Form, dk: usize, m: usize, work: &mut LinearWork<'_, B>, z: &[f32], causal: bool) {
+fn weights<B: Backend>(
+    l: B::L,
+    form: Form,
+    dk: usize,
+    m: usize,
+    work: &mut LinearWork<'_, B>,
+    z: &[f32],
+    causal: bool,
+) {
     if form.eps.is_none() {
         work.weight[..m].fill(form.scale);
         return;
@@ -326,35 +419,70 @@ fn read<B: Backend, E: Element>(
     causal: bool,
 ) {
     let (l, t) = (b.lanes(), b.tiles());
-    let left_q = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
+    let left_q = Left {
+        data: &*work.q,
+        order: Order::Rows(work.q_stride),
+    };
     let left_q = t.pack_left(l, left_q, m, dk, work.left_q);
     let left_p = causal.then(|| {
-        let left = Left { data: &*work.scores, order: Order::Rows(SCORES) };
+        let left = Left {
+            data: &*work.scores,
+            order: Order::Rows(SCORES),
+        };
         t.pack_left(l, left, m, m, work.left_p)
     });
     for j in (0..dv).step_by(PANEL) {
         let n = PANEL.min(dv - j);
         let right = t.view_right(l, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
-        let inter = Term { left: left_q, right, k: dk };
+        let inter = Term {
+            left: left_q,
+            right,
+            k: dk,
+        };
         let intra = left_p.map(|left| {
             let values = &work.values[j * m..][..PANEL * m];
-            Term { left, right: Right::packed(values, m), k: m }
+            Term {
+                left,
+                right: Right::packed(values, m),
+                k: m,
+            }
         });
         let (first, second) = match intra {
             Some(intra) => (Some((inter, &*work.ones)), intra),
             None => (None, inter),
         };
-        let product = Product { m, n, first, second: Some(second), causal, lower: false };
+        let product = Product {
+            m,
+            n,
+            first,
+            second: Some(second),
+            causal,
+            lower: false,
+        };
         let scale = Some(&*work.weight);
         match E::as_f32_view(out.reborrow()) {
             Some(out) => {
                 let out = out.slice(0, at, at + m).slice(1, j, j + n);
-                t.product(b, &product, &mut Store { scale, ..Store::new(out) });
+                t.product(
+                    b,
+                    &product,
+                    &mut Store {
+                        scale,
+                        ..Store::new(out)
+                    },
+                );
             }
             None => {
                 let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
                 let rows = rows.expect("rows in the buffer");
-                t.product(b, &product, &mut Store { scale, ..Store::new(rows) });
+                t.product(
+                    b,
+                    &product,
+                    &mut Store {
+                        scale,
+                        ..Store::new(rows)
+                    },
+                );
                 for r in 0..m {
                     let row = &mut out.row_mut([at + r, 0])[j..j + n];
                     E::narrow(b.convert(), &work.out[r * dv..][..n], row);
@@ -366,27 +494,64 @@ fn read<B: Backend, E: Element>(
 
 /// `S = S + G^T V`, `z = z + column sums of G`; `G` and packed `V` are in `work`.
 #[inline(always)]
-fn absorb<B: Backend>(b: B, [m, dk, dv]: [usize; 3], work: &mut LinearWork<'_, B>, state: &mut [f32], z: &mut [f32]) {
+fn absorb<B: Backend>(
+    b: B,
+    [m, dk, dv]: [usize; 3],
+    work: &mut LinearWork<'_, B>,
+    state: &mut [f32],
+    z: &mut [f32],
+) {
     let (l, t) = (b.lanes(), b.tiles());
     add_columns(l, work.k, [m, dk], z);
-    let left = Left { data: &*work.k, order: Order::Columns(dk) };
+    let left = Left {
+        data: &*work.k,
+        order: Order::Columns(dk),
+    };
     let left = t.pack_left(l, left, dk, m, work.left_k);
     for j in (0..dv).step_by(PANEL) {
         let n = PANEL.min(dv - j);
         let values = Right::packed(&work.values[j * m..][..PANEL * m], m);
-        let term = Term { left, right: values, k: m };
-        let product = Product { m: dk, n, first: None, second: Some(term), causal: false, lower: false };
+        let term = Term {
+            left,
+            right: values,
+            k: m,
+        };
+        let product = Product {
+            m: dk,
+            n,
+            first: None,
+            second: Some(term),
+            causal: false,
+            lower: false,
+        };
         t.product(b, &product, &mut Add(&mut state[j * dk..][..PANEL * dk]));
     }
 }
 
 /// One mapped token against a state in panels.
 #[inline(always)]
-fn token<B: Backend>(b: B, form: Form, [q, k, v]: [&[f32]; 3], out: &mut [f32], state: &mut [f32], z: &mut [f32]) {
+fn token<B: Backend>(
+    b: B,
+    form: Form,
+    [q, k, v]: [&[f32]; 3],
+    out: &mut [f32],
+    state: &mut [f32],
+    z: &mut [f32],
+) {
     let scale = normaliser(b.lanes(), form, q, k, z);
     let panels = state.chunks_exact_mut((PANEL * q.len()).max(1));
     for ((v, out), state) in v.chunks(PANEL).zip(out.chunks_mut(PANEL)).zip(panels) {
-        Step { state, stride: PANEL, forget: Forget::Scale(1.0), q, k, v, out, scale }.run(b);
+        Step {
+            state,
+            stride: PANEL,
+            forget: Forget::Scale(1.0),
+            q,
+            k,
+            v,
+            out,
+            scale,
+        }
+        .run(b);
     }
 }
 
@@ -424,7 +589,17 @@ impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Token { form, q, k, v, at, rows: [qf, kf, vf, y], state, z, mut out } = self;
+        let Token {
+            form,
+            q,
+            k,
+            v,
+            at,
+            rows: [qf, kf, vf, y],
+            state,
+            z,
+            mut out,
+        } = self;
         let (dk, dv) = (q.shape()[1], v.shape()[1]);
         map_rows(b, form.map, q, [at, 1], qf, dk);
         map_rows(b, form.map, k, [at, 1], kf, dk);
@@ -433,7 +608,17 @@ impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
         if dv > 0 {
             let v = &v[..dv];
             let forget = Forget::Scale(1.0);
-            Step { state, stride: dv, forget, q: qf, k: kf, v, out: &mut *y, scale }.run(b);
+            Step {
+                state,
+                stride: dv,
+                forget,
+                q: qf,
+                k: kf,
+                v,
+                out: &mut *y,
+                scale,
+            }
+            .run(b);
             E::narrow(b.convert(), y, out.row_mut([at, 0]));
         }
     }

@@ -6,8 +6,10 @@
 
 use crate::error::Result;
 use crate::kernels::chunk::{FromPanels, ToPanels};
-use crate::kernels::linear::{Absorb, BLOCK, CHUNK, Chunk, Form, LinearShape, LinearWork, Read, Token};
-use crate::kernels::rows::Combine;
+use crate::kernels::linear::{
+    Absorb, BLOCK, CHUNK, Chunk, Form, LinearShape, LinearWork, Read, Token,
+};
+use crate::kernels::staging::Combine;
 use crate::runtime::{Divide, Runtime, divide};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Task};
@@ -39,7 +41,10 @@ struct Job<'a, E> {
 
 impl<E: Element> Job<'_, E> {
     fn shape(&self) -> LinearShape {
-        LinearShape { dk: self.q.shape()[3], dv: self.v.shape()[3] }
+        LinearShape {
+            dk: self.q.shape()[3],
+            dv: self.v.shape()[3],
+        }
     }
 
     /// Heads that advance together.
@@ -73,7 +78,9 @@ impl<E: Element> Divide for Job<'_, E> {
 
     fn flops(&self) -> usize {
         let ([b, lq, h, dk], [_, lk, _, dv]) = (self.q.shape(), self.v.shape());
-        [b, lq.saturating_add(lk), h, dk, dv].iter().fold(2, |a: usize, n| a.saturating_mul(*n))
+        [b, lq.saturating_add(lk), h, dk, dv]
+            .iter()
+            .fold(2, |a: usize, n| a.saturating_mul(*n))
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
@@ -81,7 +88,8 @@ impl<E: Element> Divide for Job<'_, E> {
         let (out_a, out_b) = self.out.split_at(axis, mid);
         let (states_a, states_b) = match self.states {
             Some((s, z)) => {
-                let ((s_a, s_b), (z_a, z_b)) = (s.split_at(axis.min(1), mid), z.split_at(axis.min(1), mid));
+                let ((s_a, s_b), (z_a, z_b)) =
+                    (s.split_at(axis.min(1), mid), z.split_at(axis.min(1), mid));
                 (Some((s_a, z_a)), Some((s_b, z_b)))
             }
             None => (None, None),
@@ -101,23 +109,42 @@ impl<E: Element> Divide for Job<'_, E> {
 }
 
 /// Brings the states of heads `first ..` into `totals`, zeros if there are none.
-fn load<B: Backend>(b: B, states: &mut Option<States<'_>>, [n, first]: [usize; 2], shape: LinearShape, totals: &mut [f32]) {
+fn load<B: Backend>(
+    b: B,
+    states: &mut Option<States<'_>>,
+    [n, first]: [usize; 2],
+    shape: LinearShape,
+    totals: &mut [f32],
+) {
     totals.fill(0.0);
     let Some((s, z)) = states else { return };
     for (h, total) in totals.chunks_exact_mut(total_len(shape).max(1)).enumerate() {
         let (panels, sum) = total.split_at_mut(shape.state_len());
-        b.call(ToPanels { state: s.matrix_mut(n, first + h), dv: shape.dv, panels });
+        b.call(ToPanels {
+            state: s.matrix_mut(n, first + h),
+            dv: shape.dv,
+            panels,
+        });
         sum[..shape.dk].copy_from_slice(z.matrix_mut(n, first + h));
     }
 }
 
 /// The way back of [`load`].
-fn store<B: Backend>(b: B, states: &mut Option<States<'_>>, [n, first]: [usize; 2], shape: LinearShape, totals: &[f32]) {
+fn store<B: Backend>(
+    b: B,
+    states: &mut Option<States<'_>>,
+    [n, first]: [usize; 2],
+    shape: LinearShape,
+    totals: &[f32],
+) {
     let Some((s, z)) = states else { return };
     for (h, total) in totals.chunks_exact(total_len(shape).max(1)).enumerate() {
         let (panels, sum) = total.split_at(shape.state_len());
         if shape.dv > 0 {
-            b.call(FromPanels { panels, state: s.reborrow().head_rows(n, first + h) });
+            b.call(FromPanels {
+                panels,
+                state: s.reborrow().head_rows(n, first + h),
+            });
         }
         z.matrix_mut(n, first + h).copy_from_slice(&sum[..shape.dk]);
     }
@@ -142,7 +169,17 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
                 let (q, k, v) = (job.q.head(n, h), job.k.head(n, h), job.v.head(n, h));
                 let rows = rows.each_mut().map(|r| &mut **r);
                 let (state, z, out) = (&mut *state, &mut *z, job.out.head_mut(n, h));
-                b.call(Token { form: job.form, q, k, v, at, rows, state, z, out });
+                b.call(Token {
+                    form: job.form,
+                    q,
+                    k,
+                    v,
+                    at,
+                    rows,
+                    state,
+                    z,
+                    out,
+                });
             }
         }
     }
@@ -154,7 +191,10 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
     let ([batch, lq, heads, _], [_, lk, ..]) = (job.q.shape(), job.k.shape());
     let (shape, form, group) = (job.shape(), job.form, job.group());
     let one = total_len(shape).max(1);
-    let (totals, parts) = (scratch.take::<f32>(group * one), scratch.take::<f32>(group * one));
+    let (totals, parts) = (
+        scratch.take::<f32>(group * one),
+        scratch.take::<f32>(group * one),
+    );
     let mut work = LinearWork::<B>::new(shape, &mut scratch);
     for n in 0..batch {
         for first in (0..heads).step_by(group) {
@@ -168,17 +208,50 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                     for (h, total) in (first..).zip(totals.chunks_exact_mut(one)) {
                         let (state, z) = total.split_at_mut(shape.state_len());
                         let (q, k, v) = (job.q.head(n, h), job.k.head(n, h), job.v.head(n, h));
-                        let (z, work, out) = (&mut z[..shape.dk], &mut work, job.out.head_mut(n, h));
-                        b.call(Chunk { form, q, k, v, rows, work, state, z, out });
+                        let (z, work, out) =
+                            (&mut z[..shape.dk], &mut work, job.out.head_mut(n, h));
+                        b.call(Chunk {
+                            form,
+                            q,
+                            k,
+                            v,
+                            rows,
+                            work,
+                            state,
+                            z,
+                            out,
+                        });
                     }
                 }
             } else {
                 for at in (0..lk).step_by(SEGMENT) {
                     let keys = [at, SEGMENT.min(lk - at)];
-                    segment(b, form, [job.k, job.v], [n, first], keys, parts, shape, &mut work);
-                    b.call(Combine { total: &mut *totals, part: &*parts });
+                    segment(
+                        b,
+                        form,
+                        [job.k, job.v],
+                        [n, first],
+                        keys,
+                        parts,
+                        shape,
+                        &mut work,
+                    );
+                    b.call(Combine {
+                        total: &mut *totals,
+                        part: &*parts,
+                    });
                 }
-                read(b, form, job.q, [n, first], [0, lq], totals, shape, &mut work, job.out.reborrow());
+                read(
+                    b,
+                    form,
+                    job.q,
+                    [n, first],
+                    [0, lq],
+                    totals,
+                    shape,
+                    &mut work,
+                    job.out.reborrow(),
+                );
             }
             store(b, &mut job.states, [n, first], shape, totals);
         }
@@ -203,7 +276,15 @@ fn segment<B: Backend, E: Element>(
         for (h, part) in (first..).zip(parts.chunks_exact_mut(total_len(shape).max(1))) {
             let (state, z) = part.split_at_mut(shape.state_len());
             let (k, v, z) = (k.head(n, h), v.head(n, h), &mut z[..shape.dk]);
-            b.call(Absorb { form, k, v, rows, work: &mut *work, state, z });
+            b.call(Absorb {
+                form,
+                k,
+                v,
+                rows,
+                work: &mut *work,
+                state,
+                z,
+            });
         }
     }
 }
@@ -229,7 +310,15 @@ fn read<B: Backend, E: Element>(
         for (h, total) in (first..).zip(totals.chunks_exact(total_len(shape).max(1))) {
             let (state, z) = total.split_at(shape.state_len());
             let (q, out, z) = (q.head(n, h), out.head_mut(n, h), &z[..shape.dk]);
-            b.call(Read { form, q, rows, work: &mut *work, state, z, out });
+            b.call(Read {
+                form,
+                q,
+                rows,
+                work: &mut *work,
+                state,
+                z,
+                out,
+            });
         }
     }
 }
@@ -257,7 +346,9 @@ impl<E: Element> Divide for SegmentJob<'_, E> {
         2 * SEGMENT * self.parts.len()
     }
     fn split(self, mid: usize) -> (Self, Self) {
-        let (a, b) = self.parts.split_at_mut(mid * self.k.shape()[2] * total_len(self.shape));
+        let (a, b) = self
+            .parts
+            .split_at_mut(mid * self.k.shape()[2] * total_len(self.shape));
         let part = |at, parts| SegmentJob { at, parts, ..self };
         (part(self.at, a), part(self.at + mid, b))
     }
@@ -279,12 +370,27 @@ impl<E: Element> Divide for ReadJob<'_, E> {
     fn split(self, mid: usize) -> (Self, Self) {
         let (at, lq) = (mid * BLOCK, self.q.shape()[1]);
         let (out_a, out_b) = self.out.split_at(1, at);
-        (ReadJob { q: self.q.slice(1, 0, at), out: out_a }, ReadJob { q: self.q.slice(1, at, lq), out: out_b })
+        (
+            ReadJob {
+                q: self.q.slice(1, 0, at),
+                out: out_a,
+            },
+            ReadJob {
+                q: self.q.slice(1, at, lq),
+                out: out_b,
+            },
+        )
     }
 }
 
 /// A job without causality whose tokens are divided between `parts` threads.
-fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, ahead: usize, mut scratch: Cut<'_>) {
+fn shared<B: Backend, E: Element>(
+    b: B,
+    mut job: Job<'_, E>,
+    parts: usize,
+    ahead: usize,
+    mut scratch: Cut<'_>,
+) {
     let ([batch, _, heads, _], [_, lk, ..]) = (job.q.shape(), job.k.shape());
     let (shape, form, per_part) = (job.shape(), job.form, job.shape().bytes::<B>());
     let one = heads * total_len(shape);
@@ -296,24 +402,58 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, ahead
         let (k, v) = (job.k.slice(0, n, n + 1), job.v.slice(0, n, n + 1));
         for at in (0..segments).step_by(ahead) {
             let sums = &mut sums[..ahead.min(segments - at) * one];
-            let all = SegmentJob { k, v, shape, at, parts: &mut *sums };
-            divide(all, parts, Cut::new(workspaces), per_part, &|part: SegmentJob<'_, E>, mut cut: Cut<'_>| {
-                let mut work = LinearWork::<B>::new(shape, &mut cut);
-                for (i, sums) in part.parts.chunks_exact_mut(one).enumerate() {
-                    let from = (part.at + i) * SEGMENT;
-                    let keys = [from, SEGMENT.min(lk - from)];
-                    segment(b, form, [k, v], [0, 0], keys, sums, shape, &mut work);
-                }
-            });
+            let all = SegmentJob {
+                k,
+                v,
+                shape,
+                at,
+                parts: &mut *sums,
+            };
+            divide(
+                all,
+                parts,
+                Cut::new(workspaces),
+                per_part,
+                &|part: SegmentJob<'_, E>, mut cut: Cut<'_>| {
+                    let mut work = LinearWork::<B>::new(shape, &mut cut);
+                    for (i, sums) in part.parts.chunks_exact_mut(one).enumerate() {
+                        let from = (part.at + i) * SEGMENT;
+                        let keys = [from, SEGMENT.min(lk - from)];
+                        segment(b, form, [k, v], [0, 0], keys, sums, shape, &mut work);
+                    }
+                },
+            );
             for part in sums.chunks_exact(one) {
-                b.call(Combine { total: &mut *totals, part });
+                b.call(Combine {
+                    total: &mut *totals,
+                    part,
+                });
             }
         }
-        let all = ReadJob { q: job.q.slice(0, n, n + 1), out: job.out.reborrow().slice(0, n, n + 1) };
-        divide(all, parts, Cut::new(workspaces), per_part, &|part: ReadJob<'_, E>, mut cut: Cut<'_>| {
-            let mut work = LinearWork::<B>::new(shape, &mut cut);
-            read(b, form, part.q, [0, 0], [0, part.q.shape()[1]], totals, shape, &mut work, part.out);
-        });
+        let all = ReadJob {
+            q: job.q.slice(0, n, n + 1),
+            out: job.out.reborrow().slice(0, n, n + 1),
+        };
+        divide(
+            all,
+            parts,
+            Cut::new(workspaces),
+            per_part,
+            &|part: ReadJob<'_, E>, mut cut: Cut<'_>| {
+                let mut work = LinearWork::<B>::new(shape, &mut cut);
+                read(
+                    b,
+                    form,
+                    part.q,
+                    [0, 0],
+                    [0, part.q.shape()[1]],
+                    totals,
+                    shape,
+                    &mut work,
+                    part.out,
+                );
+            },
+        );
         store(b, &mut job.states, [n, 0], shape, totals);
     }
 }
@@ -329,7 +469,8 @@ impl<E: Element> Task for Forward<'_, '_, E> {
 
     fn run<B: Backend>(self, b: B) -> Result<()> {
         let Forward { rt, mut job } = self;
-        let ([batch, lq, heads, _], [_, lk, ..], shape) = (job.q.shape(), job.k.shape(), job.shape());
+        let ([batch, lq, heads, _], [_, lk, ..], shape) =
+            (job.q.shape(), job.k.shape(), job.shape());
         if batch * heads == 0 || lq.max(lk) == 0 {
             return Ok(());
         }
@@ -342,7 +483,14 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             return Ok(());
         }
         if job.causal && lq <= RECURRENT {
-            let bytes = [shape.dk * shape.dv, shape.dk, shape.dk, shape.dk, shape.dv, shape.dv];
+            let bytes = [
+                shape.dk * shape.dv,
+                shape.dk,
+                shape.dk,
+                shape.dk,
+                shape.dv,
+                shape.dv,
+            ];
             let bytes = bytes.iter().map(|n| bytes_of::<f32>(*n)).sum();
             return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
         }
@@ -350,7 +498,8 @@ impl<E: Element> Task for Forward<'_, '_, E> {
         let even = |n: usize| n % threads == 0 || n >= 8 * threads;
         if !job.causal && !even(heads) && !even(batch) {
             let ahead = lk.div_ceil(SEGMENT).clamp(1, AHEAD);
-            let bytes = (1 + ahead) * heads * total_bytes(shape) + bytes_of::<u8>(threads * shape.bytes::<B>());
+            let bytes = (1 + ahead) * heads * total_bytes(shape)
+                + bytes_of::<u8>(threads * shape.bytes::<B>());
             return rt.with_scratch(bytes, |cut| shared(b, job, threads, ahead, cut));
         }
         let bytes = part_bytes::<B>(shape, heads);
@@ -369,7 +518,19 @@ pub(super) fn run<E: Element>(
 ) -> Result<()> {
     let ([batch, _, heads, _], threads) = (q.shape(), rt.threads());
     let by_batch = heads % threads != 0 && (batch % threads == 0 || heads < batch);
-    rt.run(Forward { rt, job: Job { q, k, v, out, states, form, causal, by_batch } })
+    rt.run(Forward {
+        rt,
+        job: Job {
+            q,
+            k,
+            v,
+            out,
+            states,
+            form,
+            causal,
+            by_batch,
+        },
+    })
 }
 
 /// Scratch of one part of a long call.

@@ -1,0 +1,37 @@
+//! How each system of the case files is computed with the public interface.
+//!
+//! A new system is one function and one line of [`SYSTEMS`].
+
+mod layers;
+mod lightning;
+mod linear;
+mod model;
+mod softmax;
+
+use crate::run::Run;
+
+/// Computes a case and compares what came out through [`Run::check`].
+pub type System = fn(&Run<'_>) -> linattn::Result<()>;
+
+const SYSTEMS: &[(&str, System)] = &[
+    ("checkpoint", model::checkpoint),
+    ("lightning_attention", lightning::attention),
+    ("lightning_decode", lightning::decode),
+    ("lightning_slopes", lightning::slopes),
+    ("lightning_varlen", lightning::varlen),
+    ("linear_attention", linear::attention),
+    ("lrpe", layers::lrpe),
+    ("minimax.lightning", layers::minimax),
+    ("model.transnormerllm", model::transnormer),
+    ("rope", layers::rope),
+    ("softmax_attention", softmax::attention),
+    ("srmsnorm", layers::srmsnorm),
+    ("transnormer.block", layers::transnormer_block),
+    ("transnormer.gla", layers::transnormer_gla),
+    ("transnormer.glu", layers::transnormer_glu),
+];
+
+/// The function of a system, if there is one.
+pub fn find(name: &str) -> Option<System> {
+    SYSTEMS.iter().find(|s| s.0 == name).map(|s| s.1)
+}
