@@ -48,7 +48,7 @@ fn check(run: &Run<'_>, model: &TransNormerLlm, case: &Case) -> Result<()> {
     model.forward(rt, &ids, &mut state, &mut logits)?;
     run.check_against(case, "logits", &logits);
     for l in 0..model.config().layers {
-        let layer = state.layer(l).view();
+        let layer = state.layers()[l].view();
         let layer = layer.as_slice().expect("a whole state");
         run.check_against(case, &format!("state.{l}"), layer);
     }
