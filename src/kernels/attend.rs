@@ -11,7 +11,7 @@
 //! for packing and where a value is not finite: plain rows skip hidden keys, a product would meet `0 * NaN`.
 
 use super::softmax::{Online, Visible, online_rows};
-use super::staging::all_finite;
+use super::staging::{all_finite, partial_dot};
 use super::store::{Keep, Store};
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
@@ -383,29 +383,18 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
 #[inline(always)]
 fn dots<L: Lanes>(l: L, q: &[f32], k: Plain<'_>, out: &mut [f32]) {
     const MAX_LANES: usize = 16;
-    let mut block = [l.zero(); MAX_LANES];
-    let block = &mut block[..L::N];
-    let (q_full, q_tail) = l.split(q);
-    let last = l.load_head(q_tail);
+    let mut sums = [l.zero(); MAX_LANES];
     for (j, out) in out.chunks_mut(L::N).enumerate() {
-        for (c, sum) in block.iter_mut().enumerate() {
+        for (c, sum) in sums[..L::N].iter_mut().enumerate() {
             *sum = l.zero();
             if c < out.len() {
-                let row = &k.data[(j * L::N + c) * k.stride..][..q.len()];
-                let (full, tail) = l.split(row);
-                let mut acc = l.mul(last, l.load_head(tail));
-                for (x, y) in q_full.iter().zip(full) {
-                    acc = l.mul_add(*x, *y, acc);
-                }
-                *sum = acc;
+                let row = (j * L::N + c) * k.stride;
+                *sum = partial_dot(l, q, &k.data[row..][..q.len()]);
             }
         }
-        l.transpose(block);
-        let mut sum = block[0];
-        for x in &block[1..] {
-            sum = l.add(sum, *x);
-        }
-        l.store_head(out, sum);
+        let mut dot = l.zero();
+        l.transpose(|c| sums[c], |_, x| dot = l.add(dot, x));
+        l.store_head(out, dot);
     }
 }
 

@@ -12,15 +12,15 @@
 //! The state is kept in panels of [`PANEL`] value columns. A panel (`d x 32`) is read into the first cache
 //! level once per chunk: it serves the output product and is updated in place right after.
 
-use super::decay::{DecayTable, Forget};
+use super::decay::{DecayTable, Flushed, Forget, Form, Fresh, Scaled, Shared};
 use super::recurrence::Step;
 use super::store::Store;
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
-    right_len,
+    each_row, right_len,
 };
-use crate::tensor::{Element, View, ViewMut};
+use crate::tensor::{Element, Layout, View, ViewMut};
 
 /// Sizes that decide how much scratch a chunk takes.
 #[derive(Clone, Copy, Debug)]
@@ -163,6 +163,8 @@ pub struct Scores<'a, 'w, B: Backend, E> {
     pub scores: &'w mut [f32],
     /// Distance between rows.
     pub stride: usize,
+    /// What is needed next.
+    pub ahead: &'w mut Ahead,
 }
 
 impl<B: Backend> core::fmt::Debug for Workspace<'_, B> {
@@ -206,6 +208,7 @@ impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
             work,
             scores,
             stride,
+            ahead,
         } = self;
         let (l, t, dk) = (b.lanes(), b.tiles(), head.q.shape()[1]);
         let (q, qs) = stage(b, head.q, at, m, work.q);
@@ -236,11 +239,14 @@ impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
         t.product(
             b,
             &product,
-            &mut Masked {
-                scores,
-                stride,
-                decay: head.decay,
-                scale: head.scale,
+            &mut Meanwhile {
+                sink: Masked {
+                    scores,
+                    stride,
+                    decay: head.decay,
+                    scale: head.scale,
+                },
+                ahead,
             },
         );
     }
@@ -265,26 +271,61 @@ pub struct Advance<'a, 'w, B: Backend, E> {
     pub out: ViewMut<'w, E, 2>,
     /// The state in panels.
     pub state: &'w mut [f32],
+    /// What is needed next.
+    pub ahead: &'w mut Ahead,
 }
 
+/// `S <- forget(S) + product` for one panel.
 struct Update<'a> {
     state: &'a mut [f32],
     forget: Forget,
+    /// Whether tiny elements become zero this time.
+    flush: bool,
+}
+
+impl Update<'_> {
+    #[inline(always)]
+    fn tile<L: Lanes, const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        acc: &[[L::F; V]; M],
+        form: impl Form,
+    ) {
+        let lane = if V * L::N == PANEL { 0 } else { j % PANEL };
+        let rows = &mut self.state[i * PANEL..][..M * PANEL];
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut rows[r * PANEL + lane..][..V * L::N]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            for v in 0..V {
+                row[v] = form.next(l, row[v], acc[r][v]);
+            }
+        });
+    }
 }
 
 impl<L: Lanes> Sink<L> for Update<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let state = &mut self.state[i * PANEL + j..][..V * L::N];
-        for (v, acc) in acc.iter().enumerate() {
-            let s = &mut state[v * L::N..];
-            let old = l.load(s);
-            let new = match self.forget {
-                Forget::All => *acc,
-                Forget::Scale(f) => l.mul_add(old, l.splat(f), *acc),
-                Forget::Share(f) => l.add(old, l.mul_add(old, l.splat(-f), *acc)),
-            };
-            l.store(s, l.flush(new));
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        match (self.forget, self.flush) {
+            (Forget::All, _) => self.tile(l, i, j, acc, Flushed(Fresh)),
+            (Forget::Scale(f), false) => self.tile(l, i, j, acc, Scaled(f)),
+            (Forget::Scale(f), true) => self.tile(l, i, j, acc, Flushed(Scaled(f))),
+            (Forget::Share(f), false) => self.tile(l, i, j, acc, Shared(f)),
+            (Forget::Share(f), true) => self.tile(l, i, j, acc, Flushed(Shared(f))),
         }
     }
 }
@@ -302,12 +343,14 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             stride,
             mut out,
             state,
+            ahead,
         } = self;
         let (l, t) = (b.lanes(), b.tiles());
         let (dk, dv) = (head.q.shape()[1], head.v.shape()[1]);
         let (v, vs) = stage(b, head.v, at, m, work.v);
         t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
         let forget = head.decay.forget(m);
+        let flush = head.decay.flush_due(at, m);
         if forget == Forget::All {
             state.fill(0.0);
         }
@@ -341,9 +384,14 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 &mut work.weighted[r * dk..][..dk],
             );
         }
-        for (s, w) in work.query_scale.iter_mut().zip(head.decay.query(m)) {
-            *s = head.scale * w;
-        }
+        let query_scale: &[f32] = if head.scale == 1.0 {
+            head.decay.query(m)
+        } else {
+            for (s, w) in work.query_scale.iter_mut().zip(head.decay.query(m)) {
+                *s = head.scale * w;
+            }
+            work.query_scale
+        };
         let left_q = t.pack_left(
             l,
             Left {
@@ -383,7 +431,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                         right: right_s,
                         k: dk,
                     },
-                    &*work.query_scale,
+                    query_scale,
                 )),
                 second: Some(Term {
                     left: left_p,
@@ -396,15 +444,19 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             match E::as_f32_view(out.reborrow()) {
                 Some(out) => {
                     let out = out.slice(0, at, at + m).slice(1, j, j + n);
-                    t.product(b, &product, &mut Store::new(out));
-                }
-                None => {
-                    let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
                     t.product(
                         b,
                         &product,
-                        &mut Store::new(rows.expect("rows in the buffer")),
+                        &mut Meanwhile {
+                            sink: Store::new(out),
+                            ahead,
+                        },
                     );
+                }
+                None => {
+                    let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
+                    let sink = Store::new(rows.expect("rows in the buffer"));
+                    t.product(b, &product, &mut Meanwhile { sink, ahead });
                     for r in 0..m {
                         let row = &mut out.row_mut([at + r, 0])[j..j + n];
                         E::narrow(b.convert(), &work.out[r * dv..][..n], row);
@@ -423,7 +475,12 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 causal: false,
                 lower: false,
             };
-            t.product(b, &product, &mut Update { state, forget });
+            let sink = Update {
+                state,
+                forget,
+                flush,
+            };
+            t.product(b, &product, &mut Meanwhile { sink, ahead });
         }
     }
 }
@@ -459,16 +516,22 @@ fn token<B: Backend>(
 
 #[inline(always)]
 fn all_finite<L: Lanes>(l: L, data: &[f32], stride: usize, rows: usize, width: usize) -> bool {
-    // x * 0 is 0 for finite x and NaN for the rest.
-    let mut sum = l.zero();
+    // x * 0 is 0 for finite x and NaN for the rest; four sums, because one would wait for itself.
+    let mut sums = [l.zero(); 4];
     for r in 0..rows {
         let (full, tail) = l.split(&data[r * stride..][..width]);
-        for x in full {
-            sum = l.mul_add(*x, l.zero(), sum);
+        let (blocks, rest) = full.as_chunks::<4>();
+        for x in blocks {
+            for i in 0..4 {
+                sums[i] = l.mul_add(x[i], l.zero(), sums[i]);
+            }
         }
-        sum = l.mul_add(l.load_head(tail), l.zero(), sum);
+        for x in rest {
+            sums[0] = l.mul_add(*x, l.zero(), sums[0]);
+        }
+        sums[1] = l.mul_add(l.load_head(tail), l.zero(), sums[1]);
     }
-    l.sum(sum) == 0.0
+    l.sum(l.add(l.add(sums[0], sums[1]), l.add(sums[2], sums[3]))) == 0.0
 }
 
 #[inline(always)]
@@ -529,5 +592,105 @@ impl<B: Backend> Kernel<B> for FromPanels<'_> {
                 part.copy_from_slice(&self.panels[(p * dk + i) * PANEL..][..part.len()]);
             }
         }
+    }
+}
+
+/// The memory of a chunk that is not needed yet, asked for a few cache lines at a time while another chunk is
+/// computed: memory and arithmetic overlap, and never more lines are on their way than the core can track.
+#[derive(Debug)]
+pub struct Ahead {
+    /// Address, distance of rows and width of rows in bytes, for k, q, v and the output.
+    parts: [(usize, usize, usize); 4],
+    rows: usize,
+    part: usize,
+    row: usize,
+    /// Offset of the row, and inside of it.
+    start: usize,
+    column: usize,
+}
+
+impl Ahead {
+    /// The rows `at .. at + rows` of a head and its output.
+    pub fn new<E: Element>(
+        head: &Head<'_, E>,
+        out: &ViewMut<'_, E, 2>,
+        at: usize,
+        rows: usize,
+    ) -> Self {
+        let part = |address: usize, layout: Layout<2>| {
+            let size = size_of::<E>();
+            let stride = layout.strides()[0] * size;
+            (address + at * stride, stride, layout.shape()[1] * size)
+        };
+        let [k, q, v] = [head.k, head.q, head.v].map(|x| part(x.address(), x.layout()));
+        let parts = [k, q, v, part(out.address(), out.layout())];
+        Self {
+            parts,
+            rows,
+            part: if rows == 0 { 4 } else { 0 },
+            row: 0,
+            start: 0,
+            column: 0,
+        }
+    }
+
+    /// Nothing.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self {
+            parts: [(0, 0, 0); 4],
+            rows: 0,
+            part: 4,
+            row: 0,
+            start: 0,
+            column: 0,
+        }
+    }
+
+    /// Asks for one line.
+    #[inline(always)]
+    fn step<L: Lanes>(&mut self, l: L) {
+        const LINE: usize = 64;
+        let Some((address, stride, width)) = self.parts.get(self.part) else {
+            return;
+        };
+        l.prefetch(address + self.start + self.column);
+        self.column += LINE;
+        if self.column >= *width {
+            self.column = 0;
+            self.row += 1;
+            self.start += stride;
+            if self.row == self.rows {
+                (self.part, self.row, self.start) = (self.part + 1, 0, 0);
+            }
+        }
+    }
+}
+
+/// A sink that also asks for two lines of what comes next per row that it takes.
+struct Meanwhile<'b, S> {
+    sink: S,
+    ahead: &'b mut Ahead,
+}
+
+impl<L: Lanes, S: Sink<L>> Sink<L> for Meanwhile<'_, S> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        for _ in 0..2 * M {
+            self.ahead.step(l);
+        }
+        self.sink.put_tile(l, i, j, width, acc);
     }
 }

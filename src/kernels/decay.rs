@@ -1,5 +1,6 @@
 //! Powers of a per-head decay `lambda = exp(-slope)`, formed in `f64` and rounded once.
 
+use crate::simd::Lanes;
 use alloc::vec::Vec;
 
 /// How a state forgets over a number of steps.
@@ -11,6 +12,55 @@ pub enum Forget {
     Scale(f32),
     /// `S <- S + (new - share * S)`, for decays so close to 1 that a rounded factor would misstate them.
     Share(f32),
+}
+
+/// One form of [`Forget`] applied to vectors: a type, so that loops over a state have no branch inside.
+pub(crate) trait Form: Copy {
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F;
+}
+
+/// [`Forget::All`]
+#[derive(Clone, Copy)]
+pub(crate) struct Fresh;
+
+/// [`Forget::Scale`]
+#[derive(Clone, Copy)]
+pub(crate) struct Scaled(pub f32);
+
+/// [`Forget::Share`]
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(pub f32);
+
+/// Another form, with tiny results flushed to zero.
+#[derive(Clone, Copy)]
+pub(crate) struct Flushed<F>(pub F);
+
+impl Form for Fresh {
+    #[inline(always)]
+    fn next<L: Lanes>(self, _: L, _: L::F, new: L::F) -> L::F {
+        new
+    }
+}
+
+impl Form for Scaled {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.mul_add(old, l.splat(self.0), new)
+    }
+}
+
+impl Form for Shared {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.add(old, l.mul_add(old, l.splat(-self.0), new))
+    }
+}
+
+impl<F: Form> Form for Flushed<F> {
+    #[inline(always)]
+    fn next<L: Lanes>(self, l: L, old: L::F, new: L::F) -> L::F {
+        l.flush(self.0.next(l, old, new))
+    }
 }
 
 impl Forget {
@@ -46,6 +96,8 @@ pub struct DecayTable {
     chunk: usize,
     slope: f64,
     full: Forget,
+    /// Chunks from one flush of tiny state elements to the next.
+    flush_every: usize,
     /// `lambda^1, lambda^2, .. lambda^chunk`
     up: Vec<f32>,
     /// `lambda^(chunk-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
@@ -59,10 +111,13 @@ impl DecayTable {
         let up: Vec<f32> = (1..=chunk).map(|j| power(slope, j)).collect();
         let mut down: Vec<f32> = (0..chunk).rev().map(|j| power(slope, j)).collect();
         down.resize(2 * chunk + 2 * crate::simd::PANEL, 0.0);
+        // An element that was 2^-100 or larger loses at most a factor 2^-8 between flushes and stays normal.
+        let period = 8.0 * core::f64::consts::LN_2 / (slope * chunk as f64);
         Self {
             chunk,
             slope,
             full: Forget::over(slope, chunk),
+            flush_every: (period as usize).clamp(1, 1 << 20),
             up,
             down,
         }
@@ -91,6 +146,13 @@ impl DecayTable {
     #[must_use]
     pub fn mask(&self, row: usize, from: usize) -> &[f32] {
         &self.down[self.chunk - 1 - row + from..]
+    }
+
+    /// Whether tiny elements of the state are to be zeroed after the chunk that begins at row `at`: often enough
+    /// that a decaying state never reaches the subnormals.
+    #[must_use]
+    pub fn flush_due(&self, at: usize, rows: usize) -> bool {
+        rows < self.chunk || (at / self.chunk + 1).is_multiple_of(self.flush_every)
     }
 
     /// What `rows` steps forget.

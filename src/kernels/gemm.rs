@@ -1,8 +1,9 @@
 //! Matrix products: `out = epilogue(left (m x k) * right (k x n))`.
 //!
 //! The right operand comes packed in panels (weights, packed once) or is packed into scratch on the way.
-//! The shared dimension is cut into blocks of [`KC`] so that one panel block stays in the first cache level
-//! while [`MC`] rows of the left operand pass by it from the second.
+//! The shared dimension is cut into blocks of [`KC`] and the rows into blocks of [`MC`], which fit the second
+//! cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
+//! in order, and every block costs one more pass over the output.
 
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
@@ -11,9 +12,9 @@ use crate::simd::{
 };
 use crate::tensor::ViewMut;
 
-/// Depth of a block: a panel block of `KC x PANEL` floats takes 32 KiB.
-const KC: usize = 256;
-/// Rows of a block: `MC x KC` floats take 120 KiB.
+/// Depth of a block: a panel block of `KC x PANEL` floats takes 128 KiB.
+const KC: usize = 1024;
+/// Rows of a block: `MC x KC` floats take 480 KiB.
 const MC: usize = 120;
 /// Up to this many rows the left operand fits the first cache level at any depth, and a right operand is read
 /// front to back exactly once: no blocking in depth.

@@ -13,7 +13,7 @@
 use super::decay::Forget;
 use super::feature_map::{FeatureMap, map_rows};
 use super::recurrence::Step;
-use super::staging::{add_columns, all_finite, partial_dot, stage};
+use super::staging::{add_columns, all_finite, partial_dot, prefetch, stage};
 use super::store::Store;
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
@@ -211,6 +211,7 @@ impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
         } = self;
         let ([_, dk], [_, dv]) = (k.shape(), v.shape());
         map_rows(b, form.map, k, rows, work.k, dk);
+        prefetch(b.lanes(), v, [rows[0] + rows[1], BLOCK]);
         let (v, v_stride) = stage(b, v, rows, work.v);
         b.tiles().pack_right(
             b.lanes(),

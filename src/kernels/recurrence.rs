@@ -1,6 +1,6 @@
 //! One token of a linear recurrence: `S <- forget(S) + k v^T`, `o = scale * q S`.
 
-use super::decay::Forget;
+use super::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
 use crate::simd::{Backend, Kernel, Lanes};
 
 /// A step of one head. Reads and writes the state once.
@@ -24,47 +24,15 @@ pub struct Step<'a> {
     pub scale: f32,
 }
 
-/// The form of the update, a type so that the row loop has no branch.
-trait Form: Copy {
-    fn next<L: Lanes>(self, l: L, old: L::F, k: L::F, v: L::F) -> L::F;
-}
-
-#[derive(Clone, Copy)]
-struct Scaled(f32);
-impl Form for Scaled {
-    #[inline(always)]
-    fn next<L: Lanes>(self, l: L, old: L::F, k: L::F, v: L::F) -> L::F {
-        l.mul_add(old, l.splat(self.0), l.mul(k, v))
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Shared(f32);
-impl Form for Shared {
-    #[inline(always)]
-    fn next<L: Lanes>(self, l: L, old: L::F, k: L::F, v: L::F) -> L::F {
-        l.add(old, l.mul_add(old, l.splat(-self.0), l.mul(k, v)))
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Fresh;
-impl Form for Fresh {
-    #[inline(always)]
-    fn next<L: Lanes>(self, l: L, _: L::F, k: L::F, v: L::F) -> L::F {
-        l.mul(k, v)
-    }
-}
-
 impl<B: Backend> Kernel<B> for Step<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let l = b.lanes();
         match self.forget {
-            Forget::All => columns(l, self, Fresh),
-            Forget::Scale(f) => columns(l, self, Scaled(f)),
-            Forget::Share(s) => columns(l, self, Shared(s)),
+            Forget::All => columns(l, self, Flushed(Fresh)),
+            Forget::Scale(f) => columns(l, self, Flushed(Scaled(f))),
+            Forget::Share(s) => columns(l, self, Flushed(Shared(s))),
         }
     }
 }
@@ -158,7 +126,7 @@ fn block<L: Lanes, const W: usize>(
         let row: &mut [L::F; W] = row.try_into().expect("W vectors");
         let (ki, qi) = (l.splat(k[i]), l.splat(q[i]));
         for w in 0..W {
-            let new = l.flush(form.next(l, row[w], ki, val[w]));
+            let new = form.next(l, row[w], l.mul(ki, val[w]));
             row[w] = new;
             o[w] = l.mul_add(qi, new, o[w]);
         }
@@ -189,7 +157,7 @@ fn tail<L: Lanes>(
     let val = l.load_head(v);
     for i in 0..q.len() {
         let row = &mut state[i * stride..][..v.len()];
-        let new = l.flush(form.next(l, l.load_head(row), l.splat(k[i]), val));
+        let new = form.next(l, l.load_head(row), l.mul(l.splat(k[i]), val));
         l.store_head(row, new);
         o = l.mul_add(l.splat(q[i]), new, o);
     }

@@ -40,15 +40,29 @@ impl<'a> Store<'a> {
             scale: None,
         }
     }
+
+    /// Whether there is nothing to do but to write the product.
+    #[inline(always)]
+    fn is_plain(&self) -> bool {
+        matches!(self.keep, Keep::Nothing)
+            && self.alpha == 1.0
+            && self.bias.is_none()
+            && self.scale.is_none()
+    }
 }
 
 impl<L: Lanes> Sink<L> for Store<'_> {
     #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        let plain = self.is_plain();
         let out = &mut self.out.row_mut([i, 0])[j..j + width];
         let scale = self.scale.map(|s| s[i]);
         let bias = self.bias.map(|b| &b[j..j + width]);
-        if width == V * L::N {
+        if width == V * L::N && plain {
+            let (out, _) = l.split_mut(out);
+            let out: &mut [L::F; V] = out.try_into().expect("V vectors");
+            *out = *acc;
+        } else if width == V * L::N {
             for (v, acc) in acc.iter().enumerate() {
                 let at = v * L::N;
                 let bias = bias.map(|b| l.load(&b[at..]));

@@ -94,10 +94,12 @@ pub trait Lanes: Copy + Send + Sync + 'static {
     /// `a == b`
     fn eq_u(self, a: Self::U, b: Self::U) -> Self::M;
 
-    /// Transposes the `N` x `N` block whose rows are the vectors of `block` (exactly `N` of them).
-    fn transpose(self, block: &mut [Self::F]);
-    /// Asks for the cache line of `s[0]`; a hint without effect on results.
-    fn prefetch(self, s: &[f32]);
+    /// Transposes an `N` x `N` block: row `i` is `read(i)`, and `write(j, column j)` takes the result. Both are
+    /// called once per index, in registers all the way.
+    fn transpose(self, read: impl FnMut(usize) -> Self::F, write: impl FnMut(usize, Self::F));
+    /// Asks for the cache line at an address in the second cache level: a hint without effect on results, whatever
+    /// the address.
+    fn prefetch(self, address: usize);
 
     /// All lanes zero.
     #[inline(always)]

@@ -172,15 +172,12 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn transpose(self, block: &mut [V]) {
-        for i in 0..4 {
-            for j in 0..i {
-                let t = block[i][j];
-                block[i][j] = block[j][i];
-                block[j][i] = t;
-            }
+    fn transpose(self, mut read: impl FnMut(usize) -> V, mut write: impl FnMut(usize, V)) {
+        let [a, b, c, d] = [read(0), read(1), read(2), read(3)];
+        for j in 0..4 {
+            write(j, [a[j], b[j], c[j], d[j]]);
         }
     }
     #[inline(always)]
-    fn prefetch(self, _: &[f32]) {}
+    fn prefetch(self, _: usize) {}
 }

@@ -9,10 +9,10 @@ pub struct Pulp<S>(pub(super) S);
 
 /// What `pulp` has no word for and each instruction set spells its own way.
 pub trait Shuffle: Simd {
-    /// Transposes the square block in place.
-    fn transpose(self, block: &mut [Self::f32s]);
-    /// Asks for the cache line at `p`.
-    fn prefetch(self, p: *const f32);
+    /// As [`Lanes::transpose`].
+    fn transpose(self, read: impl FnMut(usize) -> Self::f32s, write: impl FnMut(usize, Self::f32s));
+    /// As [`Lanes::prefetch`].
+    fn prefetch(self, address: usize);
 }
 
 impl<S: Shuffle> Pulp<S> {
@@ -191,12 +191,12 @@ impl<S: Shuffle> Lanes for Pulp<S> {
     }
 
     #[inline(always)]
-    fn transpose(self, block: &mut [S::f32s]) {
-        self.0.transpose(block);
+    fn transpose(self, read: impl FnMut(usize) -> S::f32s, write: impl FnMut(usize, S::f32s)) {
+        self.0.transpose(read, write);
     }
     #[inline(always)]
-    fn prefetch(self, s: &[f32]) {
-        self.0.prefetch(s.as_ptr());
+    fn prefetch(self, address: usize) {
+        self.0.prefetch(address);
     }
 }
 
@@ -204,23 +204,26 @@ impl<S: Shuffle> Lanes for Pulp<S> {
 mod x86 {
     use super::Shuffle;
     use bytemuck::cast;
-    use core::arch::x86_64::{__m256, __m512, _MM_HINT_T0, _mm_prefetch};
+    use core::arch::x86_64::{__m256, __m512, _MM_HINT_T1, _mm_prefetch};
     use pulp::x86::{V3, V4};
 
     #[inline(always)]
-    fn line(p: *const f32) {
+    fn line(address: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address as *const i8) }
     }
 
     impl Shuffle for V4 {
         #[inline(always)]
-        fn transpose(self, block: &mut [Self::f32s]) {
+        fn transpose(
+            self,
+            mut read: impl FnMut(usize) -> Self::f32s,
+            mut write: impl FnMut(usize, Self::f32s),
+        ) {
             let f = self.avx512f;
-            let block: &mut [Self::f32s; 16] = block.try_into().expect("a 16 x 16 block");
-            let mut r: [__m512; 16] = [cast(block[0]); 16];
+            let mut r: [__m512; 16] = [f._mm512_setzero_ps(); 16];
             for i in 0..16 {
-                r[i] = cast(block[i]);
+                r[i] = cast(read(i));
             }
             // Pairs of rows, then quadruples, then the two exchanges of 128-bit lanes.
             let mut t = r;
@@ -242,26 +245,29 @@ mod x86 {
                 let b = f._mm512_shuffle_f32x4::<0xdd>(r[c], r[4 + c]);
                 let d = f._mm512_shuffle_f32x4::<0x88>(r[8 + c], r[12 + c]);
                 let e = f._mm512_shuffle_f32x4::<0xdd>(r[8 + c], r[12 + c]);
-                block[c] = cast(f._mm512_shuffle_f32x4::<0x88>(a, d));
-                block[4 + c] = cast(f._mm512_shuffle_f32x4::<0x88>(b, e));
-                block[8 + c] = cast(f._mm512_shuffle_f32x4::<0xdd>(a, d));
-                block[12 + c] = cast(f._mm512_shuffle_f32x4::<0xdd>(b, e));
+                write(c, cast(f._mm512_shuffle_f32x4::<0x88>(a, d)));
+                write(4 + c, cast(f._mm512_shuffle_f32x4::<0x88>(b, e)));
+                write(8 + c, cast(f._mm512_shuffle_f32x4::<0xdd>(a, d)));
+                write(12 + c, cast(f._mm512_shuffle_f32x4::<0xdd>(b, e)));
             }
         }
         #[inline(always)]
-        fn prefetch(self, p: *const f32) {
-            line(p);
+        fn prefetch(self, address: usize) {
+            line(address);
         }
     }
 
     impl Shuffle for V3 {
         #[inline(always)]
-        fn transpose(self, block: &mut [Self::f32s]) {
+        fn transpose(
+            self,
+            mut read: impl FnMut(usize) -> Self::f32s,
+            mut write: impl FnMut(usize, Self::f32s),
+        ) {
             let f = self.avx;
-            let block: &mut [Self::f32s; 8] = block.try_into().expect("an 8 x 8 block");
-            let mut r: [__m256; 8] = [cast(block[0]); 8];
+            let mut r: [__m256; 8] = [f._mm256_setzero_ps(); 8];
             for i in 0..8 {
-                r[i] = cast(block[i]);
+                r[i] = cast(read(i));
             }
             let mut t = r;
             for i in 0..4 {
@@ -277,13 +283,16 @@ mod x86 {
                 }
             }
             for c in 0..4 {
-                block[c] = cast(f._mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]));
-                block[4 + c] = cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]));
+                write(c, cast(f._mm256_permute2f128_ps::<0x20>(r[c], r[4 + c])));
+                write(
+                    4 + c,
+                    cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c])),
+                );
             }
         }
         #[inline(always)]
-        fn prefetch(self, p: *const f32) {
-            line(p);
+        fn prefetch(self, address: usize) {
+            line(address);
         }
     }
 }
@@ -297,15 +306,13 @@ mod arm {
 
     impl Shuffle for Neon {
         #[inline(always)]
-        fn transpose(self, block: &mut [Self::f32s]) {
+        fn transpose(
+            self,
+            mut read: impl FnMut(usize) -> Self::f32s,
+            mut write: impl FnMut(usize, Self::f32s),
+        ) {
             let n = self.neon;
-            let block: &mut [Self::f32s; 4] = block.try_into().expect("a 4 x 4 block");
-            let r: [float32x4_t; 4] = [
-                cast(block[0]),
-                cast(block[1]),
-                cast(block[2]),
-                cast(block[3]),
-            ];
+            let r: [float32x4_t; 4] = [cast(read(0)), cast(read(1)), cast(read(2)), cast(read(3))];
             let even: [float64x2_t; 2] = [
                 cast(n.vtrn1q_f32(r[0], r[1])),
                 cast(n.vtrn1q_f32(r[2], r[3])),
@@ -314,12 +321,12 @@ mod arm {
                 cast(n.vtrn2q_f32(r[0], r[1])),
                 cast(n.vtrn2q_f32(r[2], r[3])),
             ];
-            block[0] = cast(n.vtrn1q_f64(even[0], even[1]));
-            block[1] = cast(n.vtrn1q_f64(odd[0], odd[1]));
-            block[2] = cast(n.vtrn2q_f64(even[0], even[1]));
-            block[3] = cast(n.vtrn2q_f64(odd[0], odd[1]));
+            write(0, cast(n.vtrn1q_f64(even[0], even[1])));
+            write(1, cast(n.vtrn1q_f64(odd[0], odd[1])));
+            write(2, cast(n.vtrn2q_f64(even[0], even[1])));
+            write(3, cast(n.vtrn2q_f64(odd[0], odd[1])));
         }
         #[inline(always)]
-        fn prefetch(self, _: *const f32) {}
+        fn prefetch(self, _: usize) {}
     }
 }

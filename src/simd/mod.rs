@@ -17,6 +17,7 @@ pub mod tiles_f32;
 pub use backend::{Backend, Kernel, Task};
 pub use isa::Isa;
 pub use lanes::Lanes;
+pub(crate) use tiles::each_row;
 pub use tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
 
 /// Magnitudes below this are flushed to zero wherever a decaying state is written: 2^-100.

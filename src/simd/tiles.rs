@@ -99,10 +99,39 @@ pub struct Product<'a, E> {
     pub lower: bool,
 }
 
-/// Takes the rows of finished tiles.
+/// Runs an expression for every row of a tile, spelled out: accumulators that are indexed by a variable live in
+/// memory, those indexed by constants in registers.
+macro_rules! each_row {
+    ($r:ident < $m:ident => $body:expr) => {
+        each_row!(@ $r $m $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $r:ident $m:ident $body:expr, $($at:literal)*) => {{
+        const { assert!($m <= 12) };
+        $(if $at < $m {
+            let $r = $at;
+            $body;
+        })*
+    }};
+}
+pub(crate) use each_row;
+
+/// Takes finished tiles.
 pub trait Sink<L: Lanes> {
     /// Row `i`, columns `j .. j + width` of the result, in `V` vectors of which the last may be partly filled.
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]);
+
+    /// `M` rows from row `i` on. Worth overriding where rows share work.
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        each_row!(r < M => self.put(l, i + r, j, width, &acc[r]));
+    }
 }
 
 /// A matrix engine.

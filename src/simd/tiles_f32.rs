@@ -3,6 +3,7 @@
 use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
+use core::cmp::Ordering;
 use core::marker::PhantomData;
 
 /// Register tiles of `MR` rows and `V` vectors.
@@ -36,16 +37,18 @@ impl Strip {
     };
 }
 
-/// The tile loop, a kernel of its own: nothing else competes for its registers, and it is compiled once per
-/// backend, whatever the sinks.
-struct Accumulate<'a, L: Lanes, const M: usize, const W: usize> {
+/// The tile loop and its sink, a kernel of its own: nothing else competes for its registers.
+struct Tile<'a, S, const M: usize, const W: usize> {
     first: Strip,
-    scale: Option<&'a [f32; M]>,
+    scale: Option<&'a [f32]>,
     second: Strip,
-    acc: &'a mut [[L::F; W]; M],
+    sink: &'a mut S,
+    i: usize,
+    j: usize,
+    width: usize,
 }
 
-impl<B: Backend, const M: usize, const W: usize> Kernel<B> for Accumulate<'_, B::L, M, W> {
+impl<B: Backend, S: Sink<B::L>, const M: usize, const W: usize> Kernel<B> for Tile<'_, S, M, W> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
@@ -54,6 +57,7 @@ impl<B: Backend, const M: usize, const W: usize> Kernel<B> for Accumulate<'_, B:
         if let Some(scale) = self.scale {
             // SAFETY: `Fma::check` proved every element of both terms.
             acc = unsafe { add::<B::L, M, W>(l, self.first, acc) };
+            let scale: &[f32; M] = scale.first_chunk().expect("M factors");
             for i in 0..M {
                 let s = l.splat(scale[i]);
                 for j in 0..W {
@@ -62,7 +66,8 @@ impl<B: Backend, const M: usize, const W: usize> Kernel<B> for Accumulate<'_, B:
             }
         }
         // SAFETY: as above.
-        *self.acc = unsafe { add::<B::L, M, W>(l, self.second, acc) };
+        acc = unsafe { add::<B::L, M, W>(l, self.second, acc) };
+        self.sink.put_tile(l, self.i, self.j, self.width, &acc);
     }
 }
 
@@ -79,22 +84,21 @@ unsafe fn add<L: Lanes, const M: usize, const W: usize>(
     // A unit distance known to the compiler saves half of the address arithmetic, whichever of the two it is.
     if s.steps == 1 {
         // SAFETY: as for this function.
-        unsafe { steps::<L, M, W>(l, Strip { steps: 1, ..s }, acc) }
+        unsafe { steps::<L, M, W, 1>(l, Strip { steps: 1, ..s }, acc) }
     } else {
         // SAFETY: as for this function; an operand without unit steps has unit rows.
-        unsafe { steps::<L, M, W>(l, Strip { rows: 1, ..s }, acc) }
+        unsafe { steps::<L, M, W, 4>(l, Strip { rows: 1, ..s }, acc) }
     }
 }
 
 /// # Safety
 /// As [`add`].
 #[inline(always)]
-unsafe fn steps<L: Lanes, const M: usize, const W: usize>(
+unsafe fn steps<L: Lanes, const M: usize, const W: usize, const UNROLL: usize>(
     l: L,
     s: Strip,
     mut acc: [[L::F; W]; M],
 ) -> [[L::F; W]; M] {
-    const UNROLL: usize = 4;
     let mut p = 0;
     while p + UNROLL <= s.k {
         for u in 0..UNROLL {
@@ -144,26 +148,20 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         j: usize,
         sink: &mut S,
     ) {
-        let l = b.lanes();
-        let mut acc = [[l.zero(); W]; M];
-        let rows =
-            |scale: &'_ [f32]| -> [f32; M] { scale[i..i + M].try_into().expect("M factors") };
-        let scale = p.first.as_ref().map(|(_, scale)| rows(scale));
-        b.call(Accumulate {
+        b.call(Tile::<S, M, W> {
             first: p
                 .first
                 .as_ref()
                 .map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
-            scale: scale.as_ref(),
+            scale: p.first.as_ref().map(|(_, scale)| &scale[i..]),
             second: p.second.as_ref().map_or(Strip::EMPTY, |t| {
                 Self::strip(t, i, j, if p.causal { t.k.min(i + M) } else { t.k })
             }),
-            acc: &mut acc,
+            sink,
+            i,
+            j,
+            width: (p.n - j).min(W * L::N),
         });
-        let width = (p.n - j).min(W * L::N);
-        for (r, row) in acc.iter().enumerate() {
-            sink.put(l, i + r, j, width, row);
-        }
     }
 
     #[inline(always)]
@@ -197,7 +195,11 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         while i + MR <= p.m {
-            Self::tile::<MR, W, B, S>(b, p, i, j, sink);
+            if p.lower && W > 1 && i + MR <= j + L::N {
+                Self::tile::<MR, 1, B, S>(b, p, i, j, sink);
+            } else {
+                Self::tile::<MR, W, B, S>(b, p, i, j, sink);
+            }
             i += MR;
         }
         if MR > 8 && i + 8 <= p.m {
@@ -348,29 +350,27 @@ fn pack_rows<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, dst
 /// Column-major to panels: square blocks of one vector's width, transposed in registers.
 #[inline(always)]
 fn pack_columns<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, dst: &mut [f32]) {
-    const MAX_LANES: usize = 16;
-    let mut block = [l.zero(); MAX_LANES];
-    let block = &mut block[..L::N];
     for j in (0..n.next_multiple_of(PANEL)).step_by(L::N) {
         let at = j / PANEL * PANEL * k + j % PANEL;
         for p in (0..k).step_by(L::N) {
             let depth = L::N.min(k - p);
+            let dst = &mut dst[at + p * PANEL..][..(depth - 1) * PANEL + L::N];
             if depth == L::N && j + L::N <= n {
-                for (c, b) in block.iter_mut().enumerate() {
-                    *b = l.load(&src[(j + c) * stride + p..]);
-                }
+                let src = &src[j * stride + p..];
+                l.transpose(
+                    |c| l.load(&src[c * stride..]),
+                    |r, x| l.store(&mut dst[r * PANEL..], x),
+                );
             } else {
-                for (c, b) in block.iter_mut().enumerate() {
-                    *b = if j + c < n {
-                        l.load_head(&src[(j + c) * stride + p..][..depth])
-                    } else {
-                        l.zero()
-                    };
-                }
-            }
-            l.transpose(block);
-            for (r, b) in block[..depth].iter().enumerate() {
-                l.store(&mut dst[at + (p + r) * PANEL..], *b);
+                let column = |c: usize| match (j + c).cmp(&n) {
+                    Ordering::Less => l.load_head(&src[(j + c) * stride + p..][..depth]),
+                    _ => l.zero(),
+                };
+                l.transpose(column, |r, x| {
+                    if r < depth {
+                        l.store(&mut dst[r * PANEL..], x);
+                    }
+                });
             }
         }
     }

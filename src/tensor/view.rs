@@ -66,6 +66,11 @@ impl<'a, T, const N: usize> View<'a, T, N> {
         self.layout
     }
 
+    /// Where the first element lies, for hints only.
+    pub(crate) fn address(&self) -> usize {
+        self.data.as_ptr() as usize
+    }
+
     /// The same elements with the dimensions in another order; the innermost stays where it is.
     pub fn permute(self, axes: [usize; N]) -> Result<Self> {
         Ok(Self {

@@ -6,7 +6,9 @@
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
+use crate::kernels::chunk::{
+    Advance, Ahead, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace,
+};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime, divide};
@@ -163,6 +165,17 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                 for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
                     let head = job.head(n, h);
                     let work = &mut work;
+                    let (next, start) = if h + 1 < last {
+                        (h + 1, at)
+                    } else {
+                        (first, at + rows)
+                    };
+                    let ahead = &mut Ahead::new(
+                        &job.head(n, next),
+                        &job.out.head_mut(n, next),
+                        start,
+                        shape.chunk.min(len - start),
+                    );
                     b.call(Scores {
                         head,
                         at,
@@ -170,6 +183,7 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                         work: &mut *work,
                         scores: &mut *scores,
                         stride,
+                        ahead,
                     });
                     let out = job.out.head_mut(n, h);
                     b.call(Advance {
@@ -181,6 +195,7 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                         stride,
                         out,
                         state,
+                        ahead,
                     });
                 }
             }
@@ -300,6 +315,7 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                     let chunks = part.scores.chunks_exact_mut(shape.score_len());
                     for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
                         let rows = shape.chunk.min(part.end - at);
+                        let ahead = &mut Ahead::none();
                         b.call(Scores {
                             head,
                             at,
@@ -307,6 +323,7 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                             work: &mut work,
                             scores,
                             stride,
+                            ahead,
                         });
                     }
                 },
@@ -331,6 +348,8 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                     let chunks = part.scores.chunks_exact(shape.score_len());
                     for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
                         let (rows, head) = (shape.chunk.min(part.end - at), part.head);
+                        let next = shape.chunk.min(part.end - at - rows);
+                        let ahead = &mut Ahead::new(&head, &part.out, at + rows, next);
                         let (out, state) = (part.out.reborrow(), &mut *part.state);
                         b.call(Advance {
                             head,
@@ -341,6 +360,7 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                             stride,
                             out,
                             state,
+                            ahead,
                         });
                     }
                 },
