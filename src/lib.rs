@@ -3,7 +3,10 @@
 extern crate alloc;
 pub mod attention;
 pub mod error;
+pub mod io;
 pub mod kernels;
+pub mod layers;
+pub mod models;
 pub mod runtime;
 pub mod scratch;
 pub mod simd;

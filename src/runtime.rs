@@ -253,10 +253,28 @@ impl Runtime {
         bytes: usize,
         work: &(impl Fn(J, Cut<'_>) + Sync),
     ) -> Result<()> {
-        let worth = (job.flops() / WORTH_A_THREAD).max(1);
-        let parts = self.threads().min(worth).min(job.units()).max(1);
+        let parts = self.parts(&job);
         let bytes = bytes_of::<u8>(bytes);
         self.with_scratch(parts * bytes, |cut| divide(job, parts, cut, bytes, work))
+    }
+
+    /// As [`divide`](Self::divide) with scratch that the caller has: [`threads`](Self::threads) times `bytes`,
+    /// rounded up to cache lines.
+    pub(crate) fn divide_in<J: Divide>(
+        &self,
+        job: J,
+        cut: Cut<'_>,
+        bytes: usize,
+        work: &(impl Fn(J, Cut<'_>) + Sync),
+    ) {
+        let parts = self.parts(&job);
+        divide(job, parts, cut, bytes_of::<u8>(bytes), work);
+    }
+
+    /// How many parts `job` is worth.
+    fn parts<J: Divide>(&self, job: &J) -> usize {
+        let worth = (job.flops() / WORTH_A_THREAD).max(1);
+        self.threads().min(worth).min(job.units()).max(1)
     }
 
     /// `bytes` of scratch memory for `work`, kept for later calls.
@@ -272,16 +290,20 @@ impl Runtime {
         Ok(out)
     }
 
-    /// Takes the largest kept block.
+    /// Takes the smallest kept block that is large enough, else the largest: calls of the same shape come to
+    /// need no new memory after the first.
     #[cfg(feature = "std")]
     fn take_block(&self, bytes: usize) -> Block {
         let mut kept = self
             .blocks
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let fit = kept.iter().position(|b| b.bytes() >= bytes);
-        let at = fit.or(kept.len().checked_sub(1));
-        at.map_or_else(Block::new, |i| kept.swap_remove(i))
+        let order = |b: &Block| match b.bytes() {
+            n if n >= bytes => (0, n),
+            n => (1, usize::MAX - n),
+        };
+        let best = (0..kept.len()).min_by_key(|i| order(&kept[*i]));
+        best.map_or_else(Block::new, |i| kept.swap_remove(i))
     }
 
     #[cfg(feature = "std")]

@@ -10,10 +10,12 @@
 //! The operands are packed for the matrix engine, or read as plain rows where there are too few queries to pay
 //! for packing and where a value is not finite: plain rows skip hidden keys, a product would meet `0 * NaN`.
 
-use super::rows::all_finite;
 use super::softmax::{Online, Visible, online_rows};
+use super::staging::{all_finite, partial_dot};
 use super::store::{Keep, Store};
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
+use crate::simd::{
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
+};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Queries of a block.
@@ -81,19 +83,37 @@ pub struct Plain<'a> {
 
 /// The rows of a block: where they lie, or gathered and converted into `buffer` (`len x width`).
 #[inline(always)]
-fn stage<'a, B: Backend, E: Element>(b: B, src: View<'a, E, 2>, block: Block<'_>, buffer: &'a mut [f32]) -> Plain<'a> {
+fn stage<'a, B: Backend, E: Element>(
+    b: B,
+    src: View<'a, E, 2>,
+    block: Block<'_>,
+    buffer: &'a mut [f32],
+) -> Plain<'a> {
     let width = src.shape()[1];
     if width == 0 {
-        return Plain { data: &[], stride: 0 };
+        return Plain {
+            data: &[],
+            stride: 0,
+        };
     }
     let (data, stride) = src.parts();
     if let (Block::Run(first, _), Some(data)) = (block, E::as_f32(data)) {
-        return Plain { data: &data[first * stride..], stride };
+        return Plain {
+            data: &data[first * stride..],
+            stride,
+        };
     }
     for j in 0..block.len() {
-        E::widen(b.convert(), src.row([block.at(j), 0]), &mut buffer[j * width..][..width]);
+        E::widen(
+            b.convert(),
+            src.row([block.at(j), 0]),
+            &mut buffer[j * width..][..width],
+        );
     }
-    Plain { data: buffer, stride: width }
+    Plain {
+        data: buffer,
+        stride: width,
+    }
 }
 
 /// Brings a block of keys and values into the form that the engine wants. The result says whether all values
@@ -154,7 +174,10 @@ impl<'a, B: Backend, E: Element> Kernel<B> for StageKeys<'a, E> {
     type Output = (Plain<'a>, Plain<'a>);
     #[inline(always)]
     fn run(self, b: B) -> Self::Output {
-        (stage(b, self.k, self.block, self.keys), stage(b, self.v, self.block, self.values))
+        (
+            stage(b, self.k, self.block, self.keys),
+            stage(b, self.v, self.block, self.values),
+        )
     }
 }
 
@@ -193,7 +216,8 @@ impl<'a> Bias<'a> {
     #[inline(always)]
     fn row(&self, r: usize) -> &'a [f32] {
         let r = self.first + r;
-        self.all.row([self.head + r % self.group, r / self.group, 0])
+        self.all
+            .row([self.head + r % self.group, r / self.group, 0])
     }
 }
 
@@ -248,37 +272,100 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
     #[inline(always)]
     fn run(self, b: B) {
         let (l, t) = (b.lanes(), b.tiles());
-        let Attend { q, q_stride, dk, dv, block, visible, bias, online, acc, scores, .. } = self;
+        let Attend {
+            q,
+            q_stride,
+            dk,
+            dv,
+            block,
+            visible,
+            bias,
+            online,
+            acc,
+            scores,
+            ..
+        } = self;
         let (rows, n) = (online.max.len(), visible.width());
         match self.keys {
             Keys::Packed(keys) => {
-                let left = Left { data: q, order: Order::Rows(q_stride) };
+                let left = Left {
+                    data: q,
+                    order: Order::Rows(q_stride),
+                };
                 let left = t.pack_left(l, left, rows, dk, self.left_q);
-                let term = Term { left, right: Right::packed(keys, dk), k: dk };
-                let product = Product { m: rows, n, first: None, second: Some(term), causal: false, lower: false };
+                let term = Term {
+                    left,
+                    right: Right::packed(keys, dk),
+                    k: dk,
+                };
+                let product = Product {
+                    m: rows,
+                    n,
+                    first: None,
+                    second: Some(term),
+                    causal: false,
+                    lower: false,
+                };
                 t.product(b, &product, &mut Scores(&mut *scores));
             }
             Keys::Plain(k) => {
                 for r in 0..rows {
-                    dots(l, &q[r * q_stride..][..dk], k, &mut scores[r * STRIDE..][..visible.of(r)]);
+                    dots(
+                        l,
+                        &q[r * q_stride..][..dk],
+                        k,
+                        &mut scores[r * STRIDE..][..visible.of(r)],
+                    );
                 }
             }
         }
         if let Some(bias) = bias {
             for r in 0..rows {
-                add_bias(l, bias.row(r), block, &mut scores[r * STRIDE..][..visible.of(r)]);
+                add_bias(
+                    l,
+                    bias.row(r),
+                    block,
+                    &mut scores[r * STRIDE..][..visible.of(r)],
+                );
             }
         }
         let Online { max, sum, factor } = online;
-        online_rows(l, scores, STRIDE, visible, Online { max, sum, factor: &mut *factor });
+        online_rows(
+            l,
+            scores,
+            STRIDE,
+            visible,
+            Online {
+                max,
+                sum,
+                factor: &mut *factor,
+            },
+        );
         match self.values {
             Values::Packed(values) => {
-                let left = Left { data: &*scores, order: Order::Rows(STRIDE) };
+                let left = Left {
+                    data: &*scores,
+                    order: Order::Rows(STRIDE),
+                };
                 let left = t.pack_left(l, left, rows, n, self.left_p);
-                let term = Term { left, right: Right::packed(values, block.len()), k: n };
-                let product = Product { m: rows, n: dv, first: None, second: Some(term), causal: false, lower: false };
+                let term = Term {
+                    left,
+                    right: Right::packed(values, block.len()),
+                    k: n,
+                };
+                let product = Product {
+                    m: rows,
+                    n: dv,
+                    first: None,
+                    second: Some(term),
+                    causal: false,
+                    lower: false,
+                };
                 let out = ViewMut::with_strides(acc, [rows, dv], [dv, 1]).expect("rows x dv sums");
-                let mut store = Store { keep: Keep::Rows(factor), ..Store::new(out) };
+                let mut store = Store {
+                    keep: Keep::Rows(factor),
+                    ..Store::new(out)
+                };
                 t.product(b, &product, &mut store);
             }
             Values::Plain(v) => {
@@ -296,29 +383,18 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
 #[inline(always)]
 fn dots<L: Lanes>(l: L, q: &[f32], k: Plain<'_>, out: &mut [f32]) {
     const MAX_LANES: usize = 16;
-    let mut block = [l.zero(); MAX_LANES];
-    let block = &mut block[..L::N];
-    let (q_full, q_tail) = l.split(q);
-    let last = l.load_head(q_tail);
+    let mut sums = [l.zero(); MAX_LANES];
     for (j, out) in out.chunks_mut(L::N).enumerate() {
-        for (c, sum) in block.iter_mut().enumerate() {
+        for (c, sum) in sums[..L::N].iter_mut().enumerate() {
             *sum = l.zero();
             if c < out.len() {
-                let row = &k.data[(j * L::N + c) * k.stride..][..q.len()];
-                let (full, tail) = l.split(row);
-                let mut acc = l.mul(last, l.load_head(tail));
-                for (x, y) in q_full.iter().zip(full) {
-                    acc = l.mul_add(*x, *y, acc);
-                }
-                *sum = acc;
+                let row = (j * L::N + c) * k.stride;
+                *sum = partial_dot(l, q, &k.data[row..][..q.len()]);
             }
         }
-        l.transpose(block);
-        let mut sum = block[0];
-        for x in &block[1..] {
-            sum = l.add(sum, *x);
-        }
-        l.store_head(out, sum);
+        let mut dot = l.zero();
+        l.transpose(|c| sums[c], |_, x| dot = l.add(dot, x));
+        l.store_head(out, dot);
     }
 }
 
@@ -334,7 +410,11 @@ fn add_bias<L: Lanes>(l: L, bias: &[f32], block: Block<'_>, scores: &mut [f32]) 
         }
         Block::List(at) => {
             for (s, j) in scores.iter_mut().zip(at) {
-                *s = if bias[*j] == f32::NEG_INFINITY { bias[*j] } else { *s + bias[*j] };
+                *s = if bias[*j] == f32::NEG_INFINITY {
+                    bias[*j]
+                } else {
+                    *s + bias[*j]
+                };
             }
         }
     }
@@ -384,7 +464,11 @@ fn gather<L: Lanes>(
         let mut acc = l.zero();
         for (j, p) in p.iter().enumerate() {
             if seen(j) {
-                acc = l.mul_add(l.splat(*p), l.load_head(&v.data[j * v.stride + at..][..end - at]), acc);
+                acc = l.mul_add(
+                    l.splat(*p),
+                    l.load_head(&v.data[j * v.stride + at..][..end - at]),
+                    acc,
+                );
             }
         }
         let out = &mut out[at..end];

@@ -3,13 +3,19 @@
 //! Kernels are safe code over [`Lanes`](crate::simd::Lanes) and [`Tiles`](crate::simd::Tiles), know neither
 //! instruction sets nor threads, and trust their callers to have checked every argument: a wrong one panics.
 
+pub mod activation;
+pub mod ahead;
 pub mod attend;
 pub mod chunk;
 pub mod decay;
+pub mod elementwise;
 pub mod feature_map;
 pub mod gemm;
 pub mod linear;
+pub mod norm;
 pub mod recurrence;
+pub mod rotary;
 pub mod rows;
 pub mod softmax;
+pub mod staging;
 pub mod store;

@@ -1,117 +1,73 @@
-//! Small pieces that work on rows of `f32`, to be inlined into kernels.
+//! Work on the rows of matrices, one vector after the other.
 
 use crate::simd::{Backend, Kernel, Lanes};
-use crate::tensor::{Element, View};
+use crate::tensor::{View, ViewMut};
 
-/// Rows of a block as `f32`: in place, or converted into `buffer`. Returns the distance of rows too.
-#[inline(always)]
-pub fn stage<'a, B: Backend, E: Element>(
-    b: B,
-    src: View<'a, E, 2>,
-    [at, rows]: [usize; 2],
-    buffer: &'a mut [f32],
-) -> (&'a [f32], usize) {
-    let width = src.shape()[1];
-    if width == 0 {
-        return (&[], 0);
-    }
-    let (data, stride) = src.parts();
-    if let Some(data) = E::as_f32(data) {
-        return (&data[at * stride..], stride);
-    }
-    for r in 0..rows {
-        E::widen(b.convert(), src.row([at + r, 0]), &mut buffer[r * width..][..width]);
-    }
-    (buffer, width)
+/// What is done to one row of `out`, given the same row of `IN` other matrices.
+pub trait RowKernel<const IN: usize>: Copy + Send + Sync {
+    /// Operations per element, roughly: decides whether a second thread pays.
+    const COST: usize;
+    /// One row. Implementations are `#[inline(always)]`.
+    fn row<L: Lanes>(&self, l: L, ins: [&[f32]; IN], out: &mut [f32]);
 }
 
-/// Whether all elements of some rows are finite.
-#[inline(always)]
-pub fn all_finite<L: Lanes>(l: L, data: &[f32], stride: usize, rows: usize, width: usize) -> bool {
-    // x * 0 is 0 for finite x and NaN for the rest.
-    let mut sum = l.zero();
-    for r in 0..rows {
-        let (full, tail) = l.split(&data[r * stride..][..width]);
-        for x in full {
-            sum = l.mul_add(*x, l.zero(), sum);
-        }
-        sum = l.mul_add(l.load_head(tail), l.zero(), sum);
-    }
-    l.sum(sum) == 0.0
-}
-
-/// `a . b`, lane by lane: the sum of the result is the product.
-#[inline(always)]
-pub fn partial_dot<L: Lanes>(l: L, a: &[f32], b: &[f32]) -> L::F {
-    let ((a, a_tail), (b, b_tail)) = (l.split(a), l.split(b));
-    let mut sum = l.mul(l.load_head(a_tail), l.load_head(b_tail));
-    for (a, b) in a.iter().zip(b) {
-        sum = l.mul_add(*a, *b, sum);
-    }
-    sum
-}
-
-/// `z[i] += sum_r rows[r][i]`
-#[inline(always)]
-pub fn add_columns<L: Lanes>(l: L, rows: &[f32], [m, width]: [usize; 2], z: &mut [f32]) {
-    const WIDE: usize = 4;
-    let mut i = 0;
-    while i + WIDE * L::N <= width {
-        let mut acc = [l.zero(); WIDE];
-        for r in 0..m {
-            let row = &rows[r * width + i..][..WIDE * L::N];
-            for w in 0..WIDE {
-                acc[w] = l.add(acc[w], l.load(&row[w * L::N..]));
-            }
-        }
-        for w in 0..WIDE {
-            let z = &mut z[i + w * L::N..];
-            l.store(z, l.add(l.load(z), acc[w]));
-        }
-        i += WIDE * L::N;
-    }
-    while i < width {
-        let end = width.min(i + L::N);
-        let mut acc = l.zero();
-        for r in 0..m {
-            acc = l.add(acc, l.load_head(&rows[r * width + i..][..end - i]));
-        }
-        let z = &mut z[i..end];
-        l.store_head(z, l.add(l.load_head(z), acc));
-        i = end;
-    }
-}
-
-/// `total = total + part`, for states in any layout.
+/// All rows of a matrix, entered as one kernel.
 #[derive(Debug)]
-pub struct Combine<'a> {
-    /// The sum so far.
-    pub total: &'a mut [f32],
-    /// What is added.
-    pub part: &'a [f32],
+pub struct Rows<'a, K, const IN: usize> {
+    /// What is done.
+    pub op: K,
+    /// Matrices with as many rows as `out`.
+    pub ins: [View<'a, f32, 2>; IN],
+    /// The matrix that is written (and read, by operations in place).
+    pub out: ViewMut<'a, f32, 2>,
 }
 
-impl<B: Backend> Kernel<B> for Combine<'_> {
+impl<B: Backend, K: RowKernel<IN>, const IN: usize> Kernel<B> for Rows<'_, K, IN> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        add_columns(b.lanes(), self.part, [1, self.part.len()], self.total);
+        let Rows { op, ins, mut out } = self;
+        for i in 0..out.shape()[0] {
+            let mut rows: [&[f32]; IN] = [&[]; IN];
+            for (row, view) in rows.iter_mut().zip(&ins) {
+                *row = view.row([i, 0]);
+            }
+            op.row(b.lanes(), rows, out.row_mut([i, 0]));
+        }
     }
 }
 
-/// Asks for the cache lines of rows `at .. at + rows`, as many of them as there are.
+/// A function of vectors, a type so that helpers inline it.
+pub(crate) trait Map<L: Lanes, const IN: usize>: Copy {
+    /// The new value from the old one and those of the inputs.
+    fn apply(self, l: L, old: L::F, ins: [L::F; IN]) -> L::F;
+}
+
+/// `out[j] = map(out[j], ins[..][j])`. The inputs are at least as long as `out`.
 #[inline(always)]
-pub fn prefetch<L: Lanes, E: Element>(l: L, src: View<'_, E, 2>, [at, rows]: [usize; 2]) {
-    const LINE: usize = 16;
-    let [n, width] = src.shape();
-    if width == 0 {
-        return;
-    }
-    for r in at..n.min(at + rows) {
-        if let Some(row) = E::as_f32(src.row([r, 0])) {
-            for x in (0..width).step_by(LINE) {
-                l.prefetch(&row[x..]);
-            }
+pub(crate) fn map<L: Lanes, const IN: usize>(
+    l: L,
+    f: impl Map<L, IN>,
+    ins: [&[f32]; IN],
+    out: &mut [f32],
+) {
+    let n = out.len();
+    let full = n / L::N * L::N;
+    let mut x = [l.zero(); IN];
+    let mut j = 0;
+    while j < full {
+        for (x, s) in x.iter_mut().zip(ins) {
+            *x = l.load(&s[j..n]);
         }
+        let y = f.apply(l, l.load(&out[j..]), x);
+        l.store(&mut out[j..], y);
+        j += L::N;
+    }
+    if j < n {
+        for (x, s) in x.iter_mut().zip(ins) {
+            *x = l.load_head(&s[j..n]);
+        }
+        let y = f.apply(l, l.load_head(&out[j..]), x);
+        l.store_head(&mut out[j..], y);
     }
 }

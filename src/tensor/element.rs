@@ -29,6 +29,7 @@ impl DType {
 }
 
 mod sealed {
+    /// Keeps the list of element types closed.
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::bf16 {}

@@ -154,3 +154,25 @@ impl<const N: usize> Layout<N> {
         offset
     }
 }
+
+impl Layout<3> {
+    /// The first two dimensions as one, if one stride serves both.
+    pub(super) fn merged(&self) -> Result<Layout<2>> {
+        let ([a, b, c], [sa, sb, sc]) = (self.shape, self.strides);
+        let stride = if b <= 1 { sa } else { sb };
+        if a > 1 && b > 1 && c > 0 && sa != b * sb {
+            return Err(Error::layout(
+                "layout",
+                "strides",
+                "rows of all batches the same distance apart",
+                alloc::format!("{:?} for shape {:?}", self.strides, self.shape),
+            ));
+        }
+        let rows = a.checked_mul(b);
+        let rows = rows.ok_or_else(|| Error::layout("layout", "shape", "rows within usize", a))?;
+        Ok(Layout {
+            shape: [rows, c],
+            strides: [stride, sc],
+        })
+    }
+}

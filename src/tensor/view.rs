@@ -139,6 +139,17 @@ impl<'a, T> View<'a, T, 4> {
     }
 }
 
+impl<'a, T> View<'a, T, 3> {
+    /// `[a * b, c]` of an `[a, b, c]` view whose rows all lie the same distance apart; [`Error::Layout`] for
+    /// another one.
+    pub fn merge_rows(self) -> Result<View<'a, T, 2>> {
+        Ok(View {
+            data: self.data,
+            layout: self.layout.merged()?,
+        })
+    }
+}
+
 impl<'a, T> View<'a, T, 2> {
     /// The memory from the first element on, and the distance between rows.
     #[inline(always)]

@@ -137,6 +137,18 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
     }
 }
 
+impl<'a, T> ViewMut<'a, T, 3> {
+    /// `[a * b, c]` of an `[a, b, c]` view whose rows all lie the same distance apart; [`Error::Layout`] for
+    /// another one.
+    pub fn merge_rows(self) -> Result<ViewMut<'a, T, 2>> {
+        Ok(ViewMut {
+            ptr: self.ptr,
+            layout: self.layout.merged()?,
+            life: PhantomData,
+        })
+    }
+}
+
 impl<'a, T> ViewMut<'a, T, 4> {
     /// The matrix of the last two dimensions at the given outer indices, which must lie in one piece (panics
     /// otherwise).

@@ -15,14 +15,20 @@ pub struct LinearState {
 impl LinearState {
     /// A state that has seen nothing. An [`Error`](crate::Error) if the memory cannot be had.
     pub fn new(batch: usize, heads: usize, dk: usize, dv: usize) -> Result<Self> {
-        Ok(Self { kv: State::new(batch, heads, dk, dv)?, z: Tensor::zeros([batch, heads, 1, dk])? })
+        Ok(Self {
+            kv: State::new(batch, heads, dk, dv)?,
+            z: Tensor::zeros([batch, heads, 1, dk])?,
+        })
     }
 
     /// A state with given contents after `len` tokens: `kv` row-major `[batch, heads, dk, dv]`, `z`
     /// `[batch, heads, dk]`.
     pub fn from_slices(kv: &[f32], z: &[f32], shape: [usize; 4], len: usize) -> Result<Self> {
         let [batch, heads, dk, _] = shape;
-        Ok(Self { kv: State::from_slice(kv, shape, len)?, z: Tensor::from_slice(z, [batch, heads, 1, dk])? })
+        Ok(Self {
+            kv: State::from_slice(kv, shape, len)?,
+            z: Tensor::from_slice(z, [batch, heads, 1, dk])?,
+        })
     }
 
     /// Forgets everything.

@@ -7,7 +7,9 @@
 
 use super::Extra;
 use crate::error::Result;
-use crate::kernels::attend::{Attend, Bias, Block, KEYS, Keys, PackKeys, Plain, ROWS, STRIDE, StageKeys, Values};
+use crate::kernels::attend::{
+    Attend, Bias, Block, KEYS, Keys, PackKeys, Plain, ROWS, STRIDE, StageKeys, Values,
+};
 use crate::kernels::softmax::{Online, Visible, scale_row};
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
@@ -62,15 +64,26 @@ impl<E: Element> Job<'_, E> {
 
     /// Work of the first `n` queries, in keys seen, counted step by step.
     fn work(&self, n: usize) -> usize {
-        let seen = |i: usize| self.limit(i).saturating_add(KEYS).saturating_mul(self.step());
-        (0..n).step_by(self.step()).map(seen).fold(0, usize::saturating_add)
+        let seen = |i: usize| {
+            self.limit(i)
+                .saturating_add(KEYS)
+                .saturating_mul(self.step())
+        };
+        (0..n)
+            .step_by(self.step())
+            .map(seen)
+            .fold(0, usize::saturating_add)
     }
 
     /// The number of queries whose work is nearest to `work`, a multiple of the step.
     fn border(&self, work: usize) -> usize {
         let (mut done, mut at, lq) = (0usize, 0, self.q.shape()[1]);
         while at < lq && done < work {
-            done = done.saturating_add(self.limit(at).saturating_add(KEYS).saturating_mul(self.step()));
+            done = done.saturating_add(
+                self.limit(at)
+                    .saturating_add(KEYS)
+                    .saturating_mul(self.step()),
+            );
             at += self.step();
         }
         at.min(lq)
@@ -79,7 +92,12 @@ impl<E: Element> Job<'_, E> {
     fn shape(&self) -> Shape {
         let ([_, lq, heads, dk], [.., dv]) = (self.q.shape(), self.v.shape());
         let rows = lq.saturating_mul(heads);
-        Shape { rows: rows.min(SPAN), dk, dv, few: self.few }
+        Shape {
+            rows: rows.min(SPAN),
+            dk,
+            dv,
+            few: self.few,
+        }
     }
 }
 
@@ -94,7 +112,9 @@ impl<E: Element> Divide for Job<'_, E> {
 
     fn flops(&self) -> usize {
         let ([b, lq, h, dk], [_, lk, _, dv]) = (self.q.shape(), self.v.shape());
-        [b, lq, h, lk, dk.saturating_add(dv)].iter().fold(2, |a: usize, n| a.saturating_mul(*n))
+        [b, lq, h, lk, dk.saturating_add(dv)]
+            .iter()
+            .fold(2, |a: usize, n| a.saturating_mul(*n))
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
@@ -105,7 +125,10 @@ impl<E: Element> Divide for Job<'_, E> {
         };
         let (out_a, out_b) = self.out.split_at(axis, at);
         let part = |from, to, kv_from, kv_to, out| {
-            let Extra { mut key_mask, mut bias } = self.extra;
+            let Extra {
+                mut key_mask,
+                mut bias,
+            } = self.extra;
             let (mut k, mut v, mut offset) = (self.k, self.v, self.offset);
             match self.axis {
                 Axis::Batch => key_mask = key_mask.map(|m| m.slice(0, from, to)),
@@ -119,7 +142,15 @@ impl<E: Element> Divide for Job<'_, E> {
                 (k, v) = (k.slice(axis, kv_from, kv_to), v.slice(axis, kv_from, kv_to));
             }
             let extra = Extra { key_mask, bias };
-            Job { q: self.q.slice(axis, from, to), k, v, out, extra, offset, ..self }
+            Job {
+                q: self.q.slice(axis, from, to),
+                k,
+                v,
+                out,
+                extra,
+                offset,
+                ..self
+            }
         };
         let (n, kv) = (self.q.shape()[axis], self.k.shape()[axis]);
         (part(0, at, 0, mid, out_a), part(at, n, mid, kv, out_b))
@@ -189,8 +220,11 @@ impl Shape {
 
     fn bytes<B: Backend>(&self) -> usize {
         let (floats, indices, packed) = self.lens::<B>();
-        let sum = |lens: &[usize], of: fn(usize) -> usize| lens.iter().map(|n| of(*n)).sum::<usize>();
-        sum(&floats, bytes_of::<f32>) + sum(&indices, bytes_of::<usize>) + sum(&packed, bytes_of::<Elem<B>>)
+        let sum =
+            |lens: &[usize], of: fn(usize) -> usize| lens.iter().map(|n| of(*n)).sum::<usize>();
+        sum(&floats, bytes_of::<f32>)
+            + sum(&indices, bytes_of::<usize>)
+            + sum(&packed, bytes_of::<Elem<B>>)
     }
 }
 
@@ -200,7 +234,22 @@ impl<'a, B: Backend> Work<'a, B> {
         let [q, acc, max, sum, factor, scores, staged, staged_values] = floats.map(|n| cut.take(n));
         let [visible, list] = indices.map(|n| cut.take(n));
         let [keys, values, left_q, left_p] = packed.map(|n| cut.take(n));
-        Self { q, acc, max, sum, factor, scores, visible, list, staged, staged_values, keys, values, left_q, left_p }
+        Self {
+            q,
+            acc,
+            max,
+            sum,
+            factor,
+            scores,
+            visible,
+            list,
+            staged,
+            staged_values,
+            keys,
+            values,
+            left_q,
+            left_p,
+        }
     }
 }
 
@@ -219,7 +268,12 @@ impl Span {
     #[inline(always)]
     fn at(&self, r: usize) -> [usize; 4] {
         let r = self.first + r;
-        [self.batch, r / self.group, self.kv * self.group + r % self.group, 0]
+        [
+            self.batch,
+            r / self.group,
+            self.kv * self.group + r % self.group,
+            0,
+        ]
     }
 }
 
@@ -261,7 +315,12 @@ impl<B: Backend, E: Element> Kernel<B> for Finish<'_, E> {
     #[inline(always)]
     fn run(mut self, b: B) {
         let dv = self.out.shape()[3];
-        for (r, row) in self.acc.chunks_exact_mut(dv).take(self.span.rows).enumerate() {
+        for (r, row) in self
+            .acc
+            .chunks_exact_mut(dv)
+            .take(self.span.rows)
+            .enumerate()
+        {
             let sum = self.sum[r];
             scale_row(b.lanes(), row, if sum == 0.0 { 0.0 } else { 1.0 / sum });
             E::narrow(b.convert(), row, self.out.row_mut(self.span.at(r)));
@@ -270,7 +329,12 @@ impl<B: Backend, E: Element> Kernel<B> for Finish<'_, E> {
 }
 
 /// The next at most [`KEYS`] keys that count among `from .. end`, and where to go on.
-fn next_block<'a>(mask: Option<&[bool]>, from: usize, end: usize, list: &'a mut [usize]) -> (Block<'a>, usize) {
+fn next_block<'a>(
+    mask: Option<&[bool]>,
+    from: usize,
+    end: usize,
+    list: &'a mut [usize],
+) -> (Block<'a>, usize) {
     let Some(mask) = mask else {
         let n = KEYS.min(end - from);
         return (Block::Run(from, n), from + n);
@@ -298,24 +362,58 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>)
         for kv in 0..kv_heads {
             for first in (0..rows).step_by(long) {
                 let rows = long.min(rows - first);
-                span(b, &mut job, Span { batch, kv, group, first, rows }, shape, &mut work);
+                span(
+                    b,
+                    &mut job,
+                    Span {
+                        batch,
+                        kv,
+                        group,
+                        first,
+                        rows,
+                    },
+                    shape,
+                    &mut work,
+                );
             }
         }
     }
 }
 
-fn span<B: Backend, E: Element>(b: B, job: &mut Job<'_, E>, span: Span, shape: Shape, work: &mut Work<'_, B>) {
-    let Span { batch, kv, group, rows, .. } = span;
+fn span<B: Backend, E: Element>(
+    b: B,
+    job: &mut Job<'_, E>,
+    span: Span,
+    shape: Shape,
+    work: &mut Work<'_, B>,
+) {
+    let Span {
+        batch,
+        kv,
+        group,
+        rows,
+        ..
+    } = span;
     let (Shape { dk, dv, few, .. }, q_stride) = (shape, shape.q_stride());
     let (k, v) = (job.k.head(batch, kv), job.v.head(batch, kv));
-    b.call(StageQueries { q: job.q, span, scale: job.scale, dst: &mut *work.q, stride: q_stride });
+    b.call(StageQueries {
+        q: job.q,
+        span,
+        scale: job.scale,
+        dst: &mut *work.q,
+        stride: q_stride,
+    });
     work.acc[..rows * dv].fill(0.0);
     work.max[..rows].fill(f32::NEG_INFINITY);
     work.sum[..rows].fill(0.0);
     let limit = |r: usize| job.limit((span.first + r) / group);
     let end = limit(rows - 1);
     // An empty mask has no rows to look at.
-    let mask = job.extra.key_mask.filter(|_| end > 0).map(|m| m.row([batch, 0]));
+    let mask = job
+        .extra
+        .key_mask
+        .filter(|_| end > 0)
+        .map(|m| m.row([batch, 0]));
     let mut at = 0;
     while at < end {
         let (block, next) = next_block(mask, at, end, work.list);
@@ -325,14 +423,37 @@ fn span<B: Backend, E: Element>(b: B, job: &mut Job<'_, E>, span: Span, shape: S
         }
         let (staged, staged_values) = (&mut *work.staged, &mut *work.staged_values);
         let (keys, values) = if few {
-            let (k, v) = b.call(StageKeys { k, v, block, keys: staged, values: staged_values });
+            let (k, v) = b.call(StageKeys {
+                k,
+                v,
+                block,
+                keys: staged,
+                values: staged_values,
+            });
             (Keys::Plain(k), Values::Plain(v))
         } else {
             let (keys, values) = (&mut *work.keys, &mut *work.values);
-            let pack = PackKeys { k, v, block, staged: &mut *staged, keys: &mut *keys, values: &mut *values };
+            let pack = PackKeys {
+                k,
+                v,
+                block,
+                staged: &mut *staged,
+                keys: &mut *keys,
+                values: &mut *values,
+            };
             let finite = b.call(pack);
-            let plain = Values::Plain(Plain { data: staged, stride: dv });
-            (Keys::Packed(&*keys), if finite { Values::Packed(&*values) } else { plain })
+            let plain = Values::Plain(Plain {
+                data: staged,
+                stride: dv,
+            });
+            (
+                Keys::Packed(&*keys),
+                if finite {
+                    Values::Packed(&*values)
+                } else {
+                    plain
+                },
+            )
         };
         for from in (0..rows).step_by(ROWS) {
             let to = rows.min(from + ROWS);
@@ -348,7 +469,12 @@ fn span<B: Backend, E: Element>(b: B, job: &mut Job<'_, E>, span: Span, shape: S
                 }
                 Visible::Rows(&*work.visible, width)
             };
-            let bias = job.extra.bias.map(|all| Bias { all, head: kv * group, group, first: span.first + from });
+            let bias = job.extra.bias.map(|all| Bias {
+                all,
+                head: kv * group,
+                group,
+                first: span.first + from,
+            });
             b.call(Attend {
                 q: &work.q[from * q_stride..],
                 q_stride,
@@ -371,7 +497,12 @@ fn span<B: Backend, E: Element>(b: B, job: &mut Job<'_, E>, span: Span, shape: S
             });
         }
     }
-    b.call(Finish { acc: &mut *work.acc, sum: &*work.sum, span, out: job.out.reborrow() });
+    b.call(Finish {
+        acc: &mut *work.acc,
+        sum: &*work.sum,
+        span,
+        out: job.out.reborrow(),
+    });
 }
 
 /// A call, ready to be dispatched.
@@ -384,7 +515,8 @@ impl<E: Element> Task for Forward<'_, '_, E> {
     type Output = Result<()>;
     fn run<B: Backend>(self, b: B) -> Result<()> {
         let bytes = self.job.shape().bytes::<B>();
-        self.rt.divide(self.job, bytes, &|job, cut| work(b, job, cut))
+        self.rt
+            .divide(self.job, bytes, &|job, cut| work(b, job, cut))
     }
 }
 
@@ -398,7 +530,10 @@ pub(super) fn run<E: Element>(
     offset: Option<isize>,
 ) -> Result<()> {
     let ([batch, lq, heads, _], [_, _, kv_heads, _]) = (q.shape(), k.shape());
-    let (threads, few) = (rt.threads(), lq.saturating_mul(heads / kv_heads.max(1)) <= FEW);
+    let (threads, few) = (
+        rt.threads(),
+        lq.saturating_mul(heads / kv_heads.max(1)) <= FEW,
+    );
     // Whole heads pack their keys once; queries can always be shared out evenly.
     let even = |n: usize| n % threads == 0 || n >= 8 * threads;
     let axis = if even(kv_heads) {
@@ -410,7 +545,20 @@ pub(super) fn run<E: Element>(
     } else {
         Axis::Queries
     };
-    rt.run(Forward { rt, job: Job { q, k, v, out, extra, scale, offset, few, axis } })
+    rt.run(Forward {
+        rt,
+        job: Job {
+            q,
+            k,
+            v,
+            out,
+            extra,
+            scale,
+            offset,
+            few,
+            axis,
+        },
+    })
 }
 
 /// Scratch of one part of a long call.
@@ -422,5 +570,10 @@ pub(super) fn scratch_bytes(rt: &Runtime, dk: usize, dv: usize) -> usize {
             self.0.bytes::<B>()
         }
     }
-    rt.run(Ask(Shape { rows: SPAN, dk, dv, few: false }))
+    rt.run(Ask(Shape {
+        rows: SPAN,
+        dk,
+        dv,
+        few: false,
+    }))
 }

@@ -1,0 +1,110 @@
+//! Small pieces that work on rows of `f32`, to be inlined into kernels.
+
+use crate::simd::{Backend, Kernel, Lanes};
+use crate::tensor::{Element, View};
+
+/// Rows of a block as `f32`: in place, or converted into `buffer`. Returns the distance of rows too.
+#[inline(always)]
+pub fn stage<'a, B: Backend, E: Element>(
+    b: B,
+    src: View<'a, E, 2>,
+    [at, rows]: [usize; 2],
+    buffer: &'a mut [f32],
+) -> (&'a [f32], usize) {
+    let width = src.shape()[1];
+    if width == 0 {
+        return (&[], 0);
+    }
+    let (data, stride) = src.parts();
+    if let Some(data) = E::as_f32(data) {
+        return (&data[at * stride..], stride);
+    }
+    for r in 0..rows {
+        E::widen(
+            b.convert(),
+            src.row([at + r, 0]),
+            &mut buffer[r * width..][..width],
+        );
+    }
+    (buffer, width)
+}
+
+/// Whether all elements of some rows are finite.
+#[inline(always)]
+pub fn all_finite<L: Lanes>(l: L, data: &[f32], stride: usize, rows: usize, width: usize) -> bool {
+    // x * 0 is 0 for finite x and NaN for the rest; four sums, because one would wait for itself.
+    let mut sums = [l.zero(); 4];
+    for r in 0..rows {
+        let (full, tail) = l.split(&data[r * stride..][..width]);
+        let (blocks, rest) = full.as_chunks::<4>();
+        for x in blocks {
+            for i in 0..4 {
+                sums[i] = l.mul_add(x[i], l.zero(), sums[i]);
+            }
+        }
+        for x in rest {
+            sums[0] = l.mul_add(*x, l.zero(), sums[0]);
+        }
+        sums[1] = l.mul_add(l.load_head(tail), l.zero(), sums[1]);
+    }
+    l.sum(l.add(l.add(sums[0], sums[1]), l.add(sums[2], sums[3]))) == 0.0
+}
+
+/// `a . b`, lane by lane: the sum of the result is the product.
+#[inline(always)]
+pub fn partial_dot<L: Lanes>(l: L, a: &[f32], b: &[f32]) -> L::F {
+    let ((a, a_tail), (b, b_tail)) = (l.split(a), l.split(b));
+    let mut sum = l.mul(l.load_head(a_tail), l.load_head(b_tail));
+    for (a, b) in a.iter().zip(b) {
+        sum = l.mul_add(*a, *b, sum);
+    }
+    sum
+}
+
+/// `z[i] += sum_r rows[r][i]`
+#[inline(always)]
+pub fn add_columns<L: Lanes>(l: L, rows: &[f32], [m, width]: [usize; 2], z: &mut [f32]) {
+    const WIDE: usize = 4;
+    let mut i = 0;
+    while i + WIDE * L::N <= width {
+        let mut acc = [l.zero(); WIDE];
+        for r in 0..m {
+            let row = &rows[r * width + i..][..WIDE * L::N];
+            for w in 0..WIDE {
+                acc[w] = l.add(acc[w], l.load(&row[w * L::N..]));
+            }
+        }
+        for w in 0..WIDE {
+            let z = &mut z[i + w * L::N..];
+            l.store(z, l.add(l.load(z), acc[w]));
+        }
+        i += WIDE * L::N;
+    }
+    while i < width {
+        let end = width.min(i + L::N);
+        let mut acc = l.zero();
+        for r in 0..m {
+            acc = l.add(acc, l.load_head(&rows[r * width + i..][..end - i]));
+        }
+        let z = &mut z[i..end];
+        l.store_head(z, l.add(l.load_head(z), acc));
+        i = end;
+    }
+}
+
+/// `total = total + part`, for states in any layout.
+#[derive(Debug)]
+pub struct Combine<'a> {
+    /// The sum so far.
+    pub total: &'a mut [f32],
+    /// What is added.
+    pub part: &'a [f32],
+}
+
+impl<B: Backend> Kernel<B> for Combine<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        add_columns(b.lanes(), self.part, [1, self.part.len()], self.total);
+    }
+}

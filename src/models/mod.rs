@@ -1,0 +1,5 @@
+//! Whole models.
+pub mod sampling;
+pub mod transnormer_llm;
+pub use sampling::{Generate, Sampler, SamplerConfig};
+pub use transnormer_llm::{TransNormerConfig, TransNormerLlm, TransNormerState};

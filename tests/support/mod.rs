@@ -1,0 +1,94 @@
+//! What the test programs share: the machine's runtimes, random tensors, the measure of error.
+#![allow(dead_code)] // every test program uses its own part of it
+
+use linattn::tensor::{Rng, View, ViewMut};
+use linattn::{Isa, Runtime};
+
+/// The instruction sets to test: all that the machine has, or the one that `LINATTN_ISA` names.
+pub fn isas() -> Vec<Isa> {
+    match std::env::var("LINATTN_ISA") {
+        Ok(name) if !name.is_empty() => vec![Isa::parse(&name).expect("LINATTN_ISA")],
+        _ => Isa::detected().collect(),
+    }
+}
+
+/// A runtime that is proven to run `isa`.
+pub fn runtime(isa: Isa) -> Runtime {
+    with_threads(isa, None)
+}
+
+/// As [`runtime`], with a number of threads.
+pub fn with_threads(isa: Isa, threads: Option<usize>) -> Runtime {
+    let mut builder = Runtime::builder().isa(isa);
+    if let Some(n) = threads {
+        builder = builder.threads(n);
+    }
+    let rt = builder.build().expect("a detected instruction set");
+    assert_eq!(rt.isa(), isa, "another instruction set was taken");
+    let kernel = rt.kernel();
+    assert!(
+        kernel.contains(isa.name()),
+        "{kernel} does not run {isa}, it seems"
+    );
+    rt
+}
+
+/// How many cases a property is tried on: `PROPTEST_CASES`, or `default`.
+pub fn cases(default: u32) -> u32 {
+    let asked = std::env::var("PROPTEST_CASES").ok();
+    asked.and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+/// Normally distributed numbers.
+pub fn normal(rng: &mut Rng, len: usize) -> Vec<f32> {
+    let mut out = vec![0.0; len];
+    rng.fill_normal(&mut out, 1.0);
+    out
+}
+
+/// `|got - want| / |want|` in the Euclidean norm; `|got|` if nothing was wanted. Anything that is not finite
+/// counts as infinitely wrong.
+pub fn rel_err(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "number of elements");
+    let square = |x: f64| x * x;
+    let norm: f64 = want.iter().copied().map(square).sum();
+    let pairs = got.iter().zip(want);
+    let diff: f64 = pairs.map(|(g, w)| square(f64::from(*g) - w)).sum();
+    let err = if norm > 0.0 {
+        (diff / norm).sqrt()
+    } else {
+        diff.sqrt()
+    };
+    if err.is_finite() { err } else { f64::INFINITY }
+}
+
+/// The numbers in `f64`.
+pub fn widen(x: &[f32]) -> Vec<f64> {
+    x.iter().copied().map(f64::from).collect()
+}
+
+/// The bits, so that signed zeros and NaN count.
+pub fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// `[batch, heads, len, dim]` memory as the `[batch, len, heads, dim]` view that operations take.
+pub fn heads_first<T>(data: &[T], [b, h, n, d]: [usize; 4]) -> View<'_, T, 4> {
+    let view = View::new(data, [b, h, n, d]).expect("a tensor");
+    view.permute([0, 2, 1, 3]).expect("a permutation")
+}
+
+/// As [`heads_first`], to be written.
+pub fn heads_first_mut<T>(data: &mut [T], [b, h, n, d]: [usize; 4]) -> ViewMut<'_, T, 4> {
+    let view = ViewMut::new(data, [b, h, n, d]).expect("a tensor");
+    view.permute([0, 2, 1, 3]).expect("a permutation")
+}
+
+/// Panics at the first element whose bits differ.
+#[track_caller]
+pub fn same_bits(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}: number of elements");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert_eq!(g.to_bits(), w.to_bits(), "{what}: element {i}: {g} and {w}");
+    }
+}
