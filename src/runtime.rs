@@ -271,6 +271,16 @@ impl Runtime {
         divide(job, parts, cut, bytes_of::<u8>(bytes), work);
     }
 
+    /// Runs `work` inside of the thread pool, so that the many small divisions in it need not go there one by
+    /// one.
+    pub(crate) fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        #[cfg(feature = "parallel")]
+        if self.threads() > 1 {
+            return rayon::join(work, || ()).0;
+        }
+        work()
+    }
+
     /// How many parts `job` is worth.
     fn parts<J: Divide>(&self, job: &J) -> usize {
         let worth = (job.flops() / WORTH_A_THREAD).max(1);

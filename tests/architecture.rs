@@ -29,9 +29,18 @@ const ROOMS: &[(&str, &[&str])] = &[
         ],
     ),
     ("io", &["error", "tensor"]),
+    // Of `attention`, models name states and slope schedules; they compute with layers.
     (
         "models",
-        &["error", "tensor", "scratch", "runtime", "layers", "io"],
+        &[
+            "error",
+            "tensor",
+            "scratch",
+            "runtime",
+            "attention",
+            "layers",
+            "io",
+        ],
     ),
 ];
 /// Where a word may stand: folders end with a slash.
@@ -93,6 +102,7 @@ fn check(name: &str, text: &str, faults: &mut String) {
             &format!("{} lines, more than {LONGEST}", lines.len()),
         );
     }
+    let (private, mut hidden) = (private_types(&lines), false);
     for (at, line) in lines.iter().enumerate() {
         let code = line.split("//").next().unwrap_or_default();
         for import in imports(code) {
@@ -109,7 +119,10 @@ fn check(name: &str, text: &str, faults: &mut String) {
                 fault(at, &format!("`{word}` belongs to {}", places.join(", ")));
             }
         }
-        if is_public(code) && !is_documented(&lines[..at]) {
+        if code.starts_with(|c: char| c.is_alphabetic()) {
+            hidden = is_hidden(code, &private);
+        }
+        if is_public(code) && !hidden && !is_documented(&lines[..at]) {
             fault(at, "a public item without a doc comment");
         }
     }
@@ -135,6 +148,28 @@ fn holds(code: &str, word: &str) -> bool {
         let after = code[at + word.len()..].chars().next();
         !before.is_some_and(part) && !after.is_some_and(part)
     })
+}
+
+/// Types of a file that others cannot name.
+fn private_types<'a>(lines: &[&'a str]) -> Vec<&'a str> {
+    let inner = |l: &&'a str| {
+        let shared = ["pub(super) ", "pub(crate) "].iter();
+        let l = shared.fold(*l, |l, s| l.strip_prefix(s).unwrap_or(l));
+        let kinds = ["struct ", "enum ", "trait "];
+        let rest = kinds.iter().find_map(|k| l.strip_prefix(k))?;
+        rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+            .next()
+    };
+    lines.iter().filter_map(inner).collect()
+}
+
+/// Whether what a line at the margin opens cannot be reached from outside.
+fn is_hidden(code: &str, private: &[&str]) -> bool {
+    if code.starts_with("impl") {
+        let target = code.rsplit(" for ").next().unwrap_or_default();
+        return private.iter().any(|name| holds(target, name));
+    }
+    !code.starts_with("pub ") && !code.starts_with("macro_rules!")
 }
 
 /// Items and fields that others can name. Modules are described in their own file, re-exports at their source.

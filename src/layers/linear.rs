@@ -149,6 +149,18 @@ impl Linear {
         expect_shape(OP, "out", "[rows, outputs]", expected, out.shape())
     }
 
+    /// [`forward`](Self::forward) with [`scratch_bytes`](Self::scratch_bytes) of memory that the caller has and
+    /// shapes that it has checked: nothing can fail.
+    pub(crate) fn forward_in(
+        &self,
+        rt: &Runtime,
+        x: View<'_, f32, 2>,
+        out: ViewMut<'_, f32, 2>,
+        scratch: &mut [u8],
+    ) {
+        self.run(rt, x, out, Keep::Nothing, Cut::new(scratch));
+    }
+
     /// A checked call with [`scratch_bytes`](Self::scratch_bytes) of memory; nothing can fail.
     pub(super) fn run(
         &self,

@@ -41,10 +41,10 @@ impl Run<'_> {
         }
     }
 
-    /// As [`check`](Self::check) for whole numbers, which must be equal.
-    pub fn check_exact(&self, name: &str, got: &[usize]) {
+    /// Compares whole numbers with `out.<name>` of another case; they must be equal.
+    pub fn check_exact_against(&self, other: &Case, name: &str, got: &[usize]) {
         let name = format!("out.{name}");
-        if let Some(want) = self.case.get(&name) {
+        if let Some(want) = other.get(&name) {
             let same = got == want.whole();
             let err = if same { 0.0 } else { f64::INFINITY };
             let mut errors = self.errors.borrow_mut();

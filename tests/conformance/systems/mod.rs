@@ -2,7 +2,11 @@
 //!
 //! A new system is one function and one line of [`SYSTEMS`].
 
+mod layers;
 mod lightning;
+mod linear;
+mod model;
+mod softmax;
 
 use crate::run::Run;
 
@@ -10,10 +14,21 @@ use crate::run::Run;
 pub type System = fn(&Run<'_>) -> linattn::Result<()>;
 
 const SYSTEMS: &[(&str, System)] = &[
+    ("checkpoint", model::checkpoint),
     ("lightning_attention", lightning::attention),
     ("lightning_decode", lightning::decode),
     ("lightning_slopes", lightning::slopes),
     ("lightning_varlen", lightning::varlen),
+    ("linear_attention", linear::attention),
+    ("lrpe", layers::lrpe),
+    ("minimax.lightning", layers::minimax),
+    ("model.transnormerllm", model::transnormer),
+    ("rope", layers::rope),
+    ("softmax_attention", softmax::attention),
+    ("srmsnorm", layers::srmsnorm),
+    ("transnormer.block", layers::transnormer_block),
+    ("transnormer.gla", layers::transnormer_gla),
+    ("transnormer.glu", layers::transnormer_glu),
 ];
 
 /// The function of a system, if there is one.
