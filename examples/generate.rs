@@ -16,6 +16,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -70,8 +71,17 @@ struct Args {
     load_state: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     let mut builder = Runtime::builder();
     if let Some(n) = args.threads {
         builder = builder.threads(n);
@@ -85,7 +95,7 @@ fn main() -> Result<()> {
     eprintln!("loaded in {:.2} s", start.elapsed().as_secs_f64());
     match &args.score {
         Some(file) => score(&rt, &model, file),
-        None => generate(&args, &rt, &model),
+        None => generate(args, &rt, &model),
     }
 }
 

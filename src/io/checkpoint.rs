@@ -208,7 +208,7 @@ fn buffer(bytes: usize) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     match out.try_reserve_exact(bytes) {
         Ok(()) => {
-            out.resize(bytes, 0);
+            out.extend(std::iter::repeat_n(0, bytes));
             Ok(out)
         }
         Err(_) => Err(Error::Alloc {
