@@ -287,6 +287,16 @@ impl Runtime {
         self.threads().min(worth).min(job.units()).max(1)
     }
 
+    /// Runs `work` on a thread of the pool, if more than one thread is wanted: work that divides itself again and
+    /// again pays for crossing into the pool only once.
+    pub(crate) fn inside<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        #[cfg(feature = "parallel")]
+        if self.threads() > 1 && rayon::current_thread_index().is_none() {
+            return rayon::join(work, || ()).0;
+        }
+        work()
+    }
+
     /// `bytes` of scratch memory for `work`, kept for later calls.
     pub(crate) fn with_scratch<R>(
         &self,

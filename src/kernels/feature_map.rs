@@ -107,7 +107,6 @@ fn rows_as<B: Backend, E: Element>(
         return;
     }
     for r in 0..rows {
-        super::staging::prefetch(l, src, [at + rows + r, 1]);
         let from = src.row([at + r, 0]);
         let to = &mut dst[r * stride..][..width];
         match E::as_f32(from) {

@@ -4,6 +4,7 @@
 //! instruction sets nor threads, and trust their callers to have checked every argument: a wrong one panics.
 
 pub mod activation;
+pub mod ahead;
 pub mod attend;
 pub mod chunk;
 pub mod decay;

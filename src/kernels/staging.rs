@@ -32,16 +32,22 @@ pub fn stage<'a, B: Backend, E: Element>(
 /// Whether all elements of some rows are finite.
 #[inline(always)]
 pub fn all_finite<L: Lanes>(l: L, data: &[f32], stride: usize, rows: usize, width: usize) -> bool {
-    // x * 0 is 0 for finite x and NaN for the rest.
-    let mut sum = l.zero();
+    // x * 0 is 0 for finite x and NaN for the rest; four sums, because one would wait for itself.
+    let mut sums = [l.zero(); 4];
     for r in 0..rows {
         let (full, tail) = l.split(&data[r * stride..][..width]);
-        for x in full {
-            sum = l.mul_add(*x, l.zero(), sum);
+        let (blocks, rest) = full.as_chunks::<4>();
+        for x in blocks {
+            for i in 0..4 {
+                sums[i] = l.mul_add(x[i], l.zero(), sums[i]);
+            }
         }
-        sum = l.mul_add(l.load_head(tail), l.zero(), sum);
+        for x in rest {
+            sums[0] = l.mul_add(*x, l.zero(), sums[0]);
+        }
+        sums[1] = l.mul_add(l.load_head(tail), l.zero(), sums[1]);
     }
-    l.sum(sum) == 0.0
+    l.sum(l.add(l.add(sums[0], sums[1]), l.add(sums[2], sums[3]))) == 0.0
 }
 
 /// `a . b`, lane by lane: the sum of the result is the product.

@@ -22,7 +22,7 @@ const RECURRENT: usize = 3;
 /// Bytes of states that are advanced together: they and a chunk's buffers stay in the second cache level.
 const RESIDENT: usize = 1 << 20;
 /// Chunks whose scores are formed ahead when a head is shared between threads.
-const AHEAD: usize = 64;
+const AHEAD: usize = 32;
 
 /// Some heads, or some batch rows, of a call.
 struct Job<'a, E> {
@@ -403,7 +403,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             let bytes = bytes_of::<f32>(shape.state_len())
                 + bytes_of::<f32>(AHEAD * shape.score_len())
                 + bytes_of::<u8>(parts * shape.workspace_bytes::<B>());
-            return rt.with_scratch(bytes, |cut| shared(b, job, parts, cut));
+            return rt.with_scratch(bytes, |cut| rt.inside(|| shared(b, job, parts, cut)));
         }
         let bytes = job.bytes::<B>();
         rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))

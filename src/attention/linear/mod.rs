@@ -1,6 +1,8 @@
 //! Linear attention: a feature map in place of the exponential, so that keys and values sum up to a state.
 
+mod group;
 pub mod naive;
+mod shared;
 mod state;
 mod task;
 

@@ -1,7 +1,9 @@
 //! Softmax attention, exact, in memory that does not grow with the product of the lengths.
 
+mod job;
 pub mod naive;
 mod tiled;
+mod work;
 
 use super::{Mask, Scale};
 use crate::error::{Error, Result, expect_shape};

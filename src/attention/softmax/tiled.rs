@@ -6,14 +6,16 @@
 //! not depend on its neighbours, so that any division of the queries gives the same bits.
 
 use super::Extra;
+use super::job::{Axis, Job};
+use super::work::{Shape, Work};
 use crate::error::Result;
 use crate::kernels::attend::{
-    Attend, Bias, Block, KEYS, Keys, PackKeys, Plain, ROWS, STRIDE, StageKeys, Values,
+    Attend, Bias, Block, KEYS, Keys, PackKeys, Plain, ROWS, StageKeys, Values,
 };
 use crate::kernels::softmax::{Online, Visible, scale_row};
-use crate::runtime::{Divide, Runtime};
-use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Task, Tiles, right_len};
+use crate::runtime::Runtime;
+use crate::scratch::Cut;
+use crate::simd::{Backend, Kernel, Task};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Rows that share one pass over the keys.
@@ -21,235 +23,15 @@ const SPAN: usize = 20 * ROWS;
 /// Up to this many rows per group of heads, keys are read as they lie: packing them would cost more.
 const FEW: usize = 8;
 
-/// Along which dimension a call is divided.
-#[derive(Clone, Copy)]
-enum Axis {
-    Batch,
-    Heads,
-    Queries,
-}
-
-/// Some batch rows, some heads or some queries of a call.
-struct Job<'a, E> {
-    q: View<'a, E, 4>,
-    k: View<'a, E, 4>,
-    v: View<'a, E, 4>,
-    out: ViewMut<'a, E, 4>,
-    extra: Extra<'a>,
-    scale: f32,
-    /// Query `i` sees keys up to `i + offset`.
-    offset: Option<isize>,
-    few: bool,
-    axis: Axis,
-}
-
-impl<E: Element> Job<'_, E> {
-    /// Query heads per key head.
-    fn group(&self) -> usize {
-        self.q.shape()[2] / self.k.shape()[2].max(1)
-    }
-
-    /// How many of the first keys query `i` may see.
-    fn limit(&self, i: usize) -> usize {
-        let lk = self.k.shape()[1];
-        let Some(offset) = self.offset else { return lk };
-        let end = (i as isize).saturating_add(offset).saturating_add(1);
-        usize::try_from(end).unwrap_or(0).min(lk)
-    }
-
-    /// Queries that are kept together, in positions.
-    fn step(&self) -> usize {
-        ROWS.div_ceil(self.group().max(1))
-    }
-
-    /// Work of the first `n` queries, in keys seen, counted step by step.
-    fn work(&self, n: usize) -> usize {
-        let seen = |i: usize| {
-            self.limit(i)
-                .saturating_add(KEYS)
-                .saturating_mul(self.step())
-        };
-        (0..n)
-            .step_by(self.step())
-            .map(seen)
-            .fold(0, usize::saturating_add)
-    }
-
-    /// The number of queries whose work is nearest to `work`, a multiple of the step.
-    fn border(&self, work: usize) -> usize {
-        let (mut done, mut at, lq) = (0usize, 0, self.q.shape()[1]);
-        while at < lq && done < work {
-            done = done.saturating_add(
-                self.limit(at)
-                    .saturating_add(KEYS)
-                    .saturating_mul(self.step()),
-            );
-            at += self.step();
-        }
-        at.min(lq)
-    }
-
-    fn shape(&self) -> Shape {
-        let ([_, lq, heads, dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        let rows = lq.saturating_mul(heads);
-        Shape {
-            rows: rows.min(SPAN),
-            dk,
-            dv,
-            few: self.few,
-        }
-    }
-}
-
-impl<E: Element> Divide for Job<'_, E> {
-    fn units(&self) -> usize {
-        match self.axis {
-            Axis::Batch => self.q.shape()[0],
-            Axis::Heads => self.k.shape()[2],
-            Axis::Queries => self.work(self.q.shape()[1]),
-        }
-    }
-
-    fn flops(&self) -> usize {
-        let ([b, lq, h, dk], [_, lk, _, dv]) = (self.q.shape(), self.v.shape());
-        [b, lq, h, lk, dk.saturating_add(dv)]
-            .iter()
-            .fold(2, |a: usize, n| a.saturating_mul(*n))
-    }
-
-    fn split(self, mid: usize) -> (Self, Self) {
-        let (axis, at) = match self.axis {
-            Axis::Batch => (0, mid),
-            Axis::Heads => (2, mid * self.group()),
-            Axis::Queries => (1, self.border(mid)),
-        };
-        let (out_a, out_b) = self.out.split_at(axis, at);
-        let part = |from, to, kv_from, kv_to, out| {
-            let Extra {
-                mut key_mask,
-                mut bias,
-            } = self.extra;
-            let (mut k, mut v, mut offset) = (self.k, self.v, self.offset);
-            match self.axis {
-                Axis::Batch => key_mask = key_mask.map(|m| m.slice(0, from, to)),
-                Axis::Heads => bias = bias.map(|b| b.slice(0, from, to)),
-                Axis::Queries => {
-                    bias = bias.map(|b| b.slice(1, from, to));
-                    offset = offset.map(|o| o.saturating_add(from as isize));
-                }
-            }
-            if !matches!(self.axis, Axis::Queries) {
-                (k, v) = (k.slice(axis, kv_from, kv_to), v.slice(axis, kv_from, kv_to));
-            }
-            let extra = Extra { key_mask, bias };
-            Job {
-                q: self.q.slice(axis, from, to),
-                k,
-                v,
-                out,
-                extra,
-                offset,
-                ..self
-            }
-        };
-        let (n, kv) = (self.q.shape()[axis], self.k.shape()[axis]);
-        (part(0, at, 0, mid, out_a), part(at, n, mid, kv, out_b))
-    }
-}
-
-/// What decides how much scratch a part takes.
-#[derive(Clone, Copy)]
-struct Shape {
-    rows: usize,
-    dk: usize,
-    dv: usize,
-    few: bool,
-}
-
-type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
-
-/// The buffers of one part.
-struct Work<'a, B: Backend> {
-    q: &'a mut [f32],
-    acc: &'a mut [f32],
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    factor: &'a mut [f32],
-    scores: &'a mut [f32],
-    visible: &'a mut [usize],
-    list: &'a mut [usize],
-    staged: &'a mut [f32],
-    staged_values: &'a mut [f32],
-    keys: &'a mut [Elem<B>],
-    values: &'a mut [Elem<B>],
-    left_q: &'a mut [Elem<B>],
-    left_p: &'a mut [Elem<B>],
-}
-
-impl Shape {
-    /// Distance between staged queries: not a power of two.
-    fn q_stride(&self) -> usize {
-        self.dk.next_multiple_of(16) + 16
-    }
-
-    /// Lengths of the buffers of [`Work`], in order: of `f32`, of `usize`, of packed elements.
-    fn lens<B: Backend>(&self) -> ([usize; 8], [usize; 2], [usize; 4]) {
-        let Shape { rows, dk, dv, few } = *self;
-        let packed = |n: usize| if few { 0 } else { n };
-        let staged = if few { dk } else { dk.max(dv) };
-        (
-            [
-                rows * self.q_stride(),
-                rows * dv,
-                rows,
-                rows,
-                ROWS,
-                ROWS * STRIDE,
-                KEYS * staged,
-                if few { KEYS * dv } else { 0 },
-            ],
-            [ROWS, KEYS],
-            [
-                packed(right_len(dk, KEYS)),
-                packed(right_len(KEYS, dv)),
-                packed(<B::T as Tiles>::left_len(ROWS, dk)),
-                packed(<B::T as Tiles>::left_len(ROWS, KEYS)),
-            ],
-        )
-    }
-
-    fn bytes<B: Backend>(&self) -> usize {
-        let (floats, indices, packed) = self.lens::<B>();
-        let sum =
-            |lens: &[usize], of: fn(usize) -> usize| lens.iter().map(|n| of(*n)).sum::<usize>();
-        sum(&floats, bytes_of::<f32>)
-            + sum(&indices, bytes_of::<usize>)
-            + sum(&packed, bytes_of::<Elem<B>>)
-    }
-}
-
-impl<'a, B: Backend> Work<'a, B> {
-    fn new(shape: Shape, cut: &mut Cut<'a>) -> Self {
-        let (floats, indices, packed) = shape.lens::<B>();
-        let [q, acc, max, sum, factor, scores, staged, staged_values] = floats.map(|n| cut.take(n));
-        let [visible, list] = indices.map(|n| cut.take(n));
-        let [keys, values, left_q, left_p] = packed.map(|n| cut.take(n));
-        Self {
-            q,
-            acc,
-            max,
-            sum,
-            factor,
-            scores,
-            visible,
-            list,
-            staged,
-            staged_values,
-            keys,
-            values,
-            left_q,
-            left_p,
-        }
+/// What the scratch of a job depends on.
+fn shape_of<E: Element>(job: &Job<'_, E>) -> Shape {
+    let ([_, lq, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
+    let rows = lq.saturating_mul(heads).min(SPAN);
+    Shape {
+        rows,
+        dk,
+        dv,
+        few: job.few,
     }
 }
 
@@ -355,7 +137,7 @@ fn next_block<'a>(
 /// All rows of a job.
 fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
     let ([batch, lq, ..], kv_heads, group) = (job.q.shape(), job.k.shape()[2], job.group());
-    let shape = job.shape();
+    let shape = shape_of(&job);
     let mut work = Work::<B>::new(shape, &mut scratch);
     let (rows, long) = (lq * group, shape.rows.max(1));
     for batch in 0..batch {
@@ -514,7 +296,7 @@ struct Forward<'r, 'a, E> {
 impl<E: Element> Task for Forward<'_, '_, E> {
     type Output = Result<()>;
     fn run<B: Backend>(self, b: B) -> Result<()> {
-        let bytes = self.job.shape().bytes::<B>();
+        let bytes = shape_of(&self.job).bytes::<B>();
         self.rt
             .divide(self.job, bytes, &|job, cut| work(b, job, cut))
     }

@@ -1,0 +1,239 @@
+//! Blocks of keys that are added to a state, blocks of queries that read it.
+
+use super::{Form, LinearWork, SCORES};
+use crate::kernels::ahead::Meanwhile;
+use crate::kernels::feature_map::map_rows;
+use crate::kernels::staging::{add_columns, partial_dot, stage};
+use crate::kernels::store::Store;
+use crate::simd::{
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, each_row,
+};
+use crate::tensor::{Element, View, ViewMut};
+
+/// Adds a block of keys and values to a state.
+#[derive(Debug)]
+pub struct Absorb<'a, 'w, B: Backend, E> {
+    /// What is computed.
+    pub form: Form,
+    /// `[n, dk]`
+    pub k: View<'w, E, 2>,
+    /// `[n, dv]`
+    pub v: View<'w, E, 2>,
+    /// First row and number of rows, at most [`BLOCK`](super::BLOCK).
+    pub rows: [usize; 2],
+    /// Buffers.
+    pub work: &'w mut LinearWork<'a, B>,
+    /// `S` in panels.
+    pub state: &'w mut [f32],
+    /// `z`
+    pub z: &'w mut [f32],
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let (rows, work) = (self.rows, self.work);
+        let ([_, dk], [_, dv]) = (self.k.shape(), self.v.shape());
+        map_rows(b, self.form.map, self.k, rows, work.k, dk);
+        let (v, stride) = stage(b, self.v, rows, work.v);
+        let (l, v) = (b.lanes(), Source::Rows(v, stride));
+        b.tiles().pack_right(l, v, rows[1], dv, work.values);
+        absorb(b, [rows[1], dk, dv], work, self.state, self.z);
+    }
+}
+
+/// Reads a block of queries from a state.
+#[derive(Debug)]
+pub struct Read<'a, 'w, B: Backend, E> {
+    /// What is computed.
+    pub form: Form,
+    /// `[n, dk]`
+    pub q: View<'w, E, 2>,
+    /// First row and number of rows, at most [`BLOCK`](super::BLOCK).
+    pub rows: [usize; 2],
+    /// Buffers.
+    pub work: &'w mut LinearWork<'a, B>,
+    /// `S` in panels.
+    pub state: &'w [f32],
+    /// `z`
+    pub z: &'w [f32],
+    /// `[n, dv]`, all rows.
+    pub out: ViewMut<'w, E, 2>,
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Read<'_, '_, B, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let ([at, m], work) = (self.rows, self.work);
+        let ([_, dk], [_, dv]) = (self.q.shape(), self.out.shape());
+        map_rows(b, self.form.map, self.q, [at, m], work.q, work.q_stride);
+        weights(b.lanes(), self.form, [m, dk], work, self.z, false);
+        read(b, [m, dk, dv], work, self.state, self.out, at, false);
+    }
+}
+
+struct Add<'a>(&'a mut [f32]);
+
+impl<L: Lanes> Sink<L> for Add<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        let rows = &mut self.0[i * PANEL..][..M * PANEL];
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut rows[r * PANEL + j..][..V * L::N]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            for v in 0..V {
+                row[v] = l.add(row[v], acc[r][v]);
+            }
+        });
+    }
+}
+
+/// The factors of the output rows, from mapped queries and, if `causal`, the scores of the block.
+#[inline(always)]
+pub(super) fn weights<B: Backend>(
+    l: B::L,
+    form: Form,
+    [m, dk]: [usize; 2],
+    work: &mut LinearWork<'_, B>,
+    z: &[f32],
+    causal: bool,
+) {
+    if form.eps.is_none() {
+        work.weight[..m].fill(form.scale);
+        return;
+    }
+    for r in 0..m {
+        let mut sum = partial_dot(l, &work.q[r * work.q_stride..][..dk], z);
+        if causal {
+            let (full, tail) = l.split(&work.scores[r * SCORES..][..=r]);
+            for x in full {
+                sum = l.add(sum, *x);
+            }
+            sum = l.add(sum, l.load_head(tail));
+        }
+        work.weight[r] = form.weight(l.sum(sum));
+    }
+}
+
+/// `m x n` from one term, or from one with factors 1 and a lower triangular one.
+fn product<'a, E: Copy>(
+    m: usize,
+    n: usize,
+    term: Term<'a, E>,
+    lower: Option<(Term<'a, E>, &'a [f32])>,
+) -> Product<'a, E> {
+    let (first, second) = match lower {
+        Some((lower, ones)) => (Some((term, ones)), lower),
+        None => (None, term),
+    };
+    Product {
+        m,
+        n,
+        first,
+        second: Some(second),
+        causal: first.is_some(),
+        lower: false,
+    }
+}
+
+/// `out = diag(weight) (F S + P V)` from row `at` on, the second term only if `causal`; `F`, `P` and packed `V`
+/// are in `work`.
+#[inline(always)]
+pub(super) fn read<B: Backend, E: Element>(
+    b: B,
+    [m, dk, dv]: [usize; 3],
+    work: &mut LinearWork<'_, B>,
+    state: &[f32],
+    mut out: ViewMut<'_, E, 2>,
+    at: usize,
+    causal: bool,
+) {
+    let (l, t) = (b.lanes(), b.tiles());
+    let left_q = Left {
+        data: &*work.q,
+        order: Order::Rows(work.q_stride),
+    };
+    let left_q = t.pack_left(l, left_q, m, dk, work.left_q);
+    let left_p = causal.then(|| {
+        let left = Left {
+            data: &*work.scores,
+            order: Order::Rows(SCORES),
+        };
+        t.pack_left(l, left, m, m, work.left_p)
+    });
+    for j in (0..dv).step_by(PANEL) {
+        let n = PANEL.min(dv - j);
+        let right = t.view_right(l, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
+        let inter = Term {
+            left: left_q,
+            right,
+            k: dk,
+        };
+        let intra = left_p.map(|left| (values(left, work.values, m, j), &*work.ones));
+        let product = product(m, n, inter, intra);
+        let (scale, ahead) = (Some(&*work.weight), &mut work.ahead);
+        if let Some(out) = E::as_f32_view(out.reborrow()) {
+            let out = out.slice(0, at, at + m).slice(1, j, j + n);
+            let sink = Store {
+                scale,
+                ..Store::new(out)
+            };
+            t.product(b, &product, &mut Meanwhile { sink, ahead });
+            continue;
+        }
+        let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
+        let sink = Store {
+            scale,
+            ..Store::new(rows.expect("rows in the buffer"))
+        };
+        t.product(b, &product, &mut Meanwhile { sink, ahead });
+        for r in 0..m {
+            let row = &mut out.row_mut([at + r, 0])[j..j + n];
+            E::narrow(b.convert(), &work.out[r * dv..][..n], row);
+        }
+    }
+}
+
+/// `S = S + G^T V`, `z = z + column sums of G`; `G` and packed `V` are in `work`.
+#[inline(always)]
+pub(super) fn absorb<B: Backend>(
+    b: B,
+    [m, dk, dv]: [usize; 3],
+    work: &mut LinearWork<'_, B>,
+    state: &mut [f32],
+    z: &mut [f32],
+) {
+    let (l, t) = (b.lanes(), b.tiles());
+    add_columns(l, work.k, [m, dk], z);
+    let left = Left {
+        data: &*work.k,
+        order: Order::Columns(dk),
+    };
+    let left = t.pack_left(l, left, dk, m, work.left_k);
+    for j in (0..dv).step_by(PANEL) {
+        let product = product(dk, PANEL.min(dv - j), values(left, work.values, m, j), None);
+        let (sink, ahead) = (Add(&mut state[j * dk..][..PANEL * dk]), &mut work.ahead);
+        t.product(b, &product, &mut Meanwhile { sink, ahead });
+    }
+}
+
+/// `left` times the value columns of the panel at `j`.
+#[inline(always)]
+fn values<'a, E: Copy>(left: Left<'a, E>, values: &'a [E], m: usize, j: usize) -> Term<'a, E> {
+    let right = Right::packed(&values[j * m..][..PANEL * m], m);
+    Term { left, right, k: m }
+}

@@ -1,0 +1,209 @@
+//! Causal sequences: a chunk of rows, or one token.
+
+use super::blocks::{absorb, read, weights};
+use super::{CHUNK, Form, LinearWork, SCORES};
+use crate::kernels::ahead::Meanwhile;
+use crate::kernels::decay::Forget;
+use crate::kernels::feature_map::map_rows;
+use crate::kernels::recurrence::Step;
+use crate::kernels::staging::{add_columns, all_finite, partial_dot, stage};
+use crate::simd::{
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
+};
+use crate::tensor::{Element, View, ViewMut};
+
+/// Row `r` of a causal mask of `CHUNK` rows is a window of these.
+const LOWER: [f32; 2 * CHUNK + 2 * PANEL] = {
+    let mut x = [0.0; 2 * CHUNK + 2 * PANEL];
+    let mut i = 0;
+    while i < CHUNK {
+        x[i] = 1.0;
+        i += 1;
+    }
+    x
+};
+
+/// A chunk of a causal sequence: every row reads the state up to and including itself.
+#[derive(Debug)]
+pub struct Chunk<'a, 'w, B: Backend, E> {
+    /// What is computed.
+    pub form: Form,
+    /// `[n, dk]`
+    pub q: View<'w, E, 2>,
+    /// `[n, dk]`
+    pub k: View<'w, E, 2>,
+    /// `[n, dv]`
+    pub v: View<'w, E, 2>,
+    /// First row and number of rows, at most [`CHUNK`].
+    pub rows: [usize; 2],
+    /// Buffers.
+    pub work: &'w mut LinearWork<'a, B>,
+    /// `S` in panels.
+    pub state: &'w mut [f32],
+    /// `z`
+    pub z: &'w mut [f32],
+    /// `[n, dv]`, all rows.
+    pub out: ViewMut<'w, E, 2>,
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Chunk {
+            form,
+            rows,
+            work,
+            state,
+            z,
+            mut out,
+            ..
+        } = self;
+        let ([_, dk], [_, dv], [at, m]) = (self.k.shape(), self.v.shape(), rows);
+        let (l, t) = (b.lanes(), b.tiles());
+        map_rows(b, form.map, self.q, rows, work.q, work.q_stride);
+        map_rows(b, form.map, self.k, rows, work.k, dk);
+        let (v, vs) = stage(b, self.v, rows, work.v);
+        if !all_finite(l, v, vs, m, dv) {
+            // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
+            for r in 0..m {
+                let y = &mut work.out[..dv];
+                let (q, k) = (&work.q[r * work.q_stride..][..dk], &work.k[r * dk..][..dk]);
+                token(b, form, [q, k, &v[r * vs..][..dv]], y, state, z);
+                E::narrow(b.convert(), y, out.row_mut([at + r, 0]));
+            }
+            return;
+        }
+        t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
+        t.pack_right(l, Source::Columns(work.k, dk), dk, m, work.keys);
+        let left = Left {
+            data: &*work.q,
+            order: Order::Rows(work.q_stride),
+        };
+        let left = t.pack_left(l, left, m, dk, work.left_q);
+        let right = Right::packed(&*work.keys, dk);
+        let scores = Some(Term { left, right, k: dk });
+        let product = Product {
+            m,
+            n: m,
+            first: None,
+            second: scores,
+            causal: false,
+            lower: true,
+        };
+        let (sink, ahead) = (Masked(&mut *work.scores), &mut work.ahead);
+        t.product(b, &product, &mut Meanwhile { sink, ahead });
+        weights(l, form, [m, dk], work, z, true);
+        read(b, [m, dk, dv], work, state, out, at, true);
+        absorb(b, [m, dk, dv], work, state, z);
+    }
+}
+
+struct Masked<'a>(&'a mut [f32]);
+
+impl<L: Lanes> Sink<L> for Masked<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
+        let out = &mut self.0[i * SCORES + j..][..V * L::N];
+        let mask = &LOWER[CHUNK - 1 - i + j..][..V * L::N];
+        for v in 0..V {
+            // Selected, not multiplied: what lies above the diagonal may be anything.
+            let inside = l.lt(l.zero(), l.load(&mask[v * L::N..]));
+            l.store(&mut out[v * L::N..], l.select(inside, acc[v], l.zero()));
+        }
+    }
+}
+
+/// One mapped token against a state in panels.
+#[inline(always)]
+fn token<B: Backend>(
+    b: B,
+    form: Form,
+    [q, k, v]: [&[f32]; 3],
+    out: &mut [f32],
+    state: &mut [f32],
+    z: &mut [f32],
+) {
+    let scale = normaliser(b.lanes(), form, q, k, z);
+    let (forget, stride) = (Forget::Scale(1.0), PANEL);
+    let panels = state.chunks_exact_mut((PANEL * q.len()).max(1));
+    for ((v, out), state) in v.chunks(PANEL).zip(out.chunks_mut(PANEL)).zip(panels) {
+        Step {
+            state,
+            stride,
+            forget,
+            q,
+            k,
+            v,
+            out,
+            scale,
+        }
+        .run(b);
+    }
+}
+
+/// Adds a mapped key to `z`; the factor of the output of a mapped query.
+#[inline(always)]
+fn normaliser<L: Lanes>(l: L, form: Form, q: &[f32], k: &[f32], z: &mut [f32]) -> f32 {
+    add_columns(l, k, [1, k.len()], z);
+    form.weight(l.sum(partial_dot(l, q, z)))
+}
+
+/// One token against a row-major state.
+#[derive(Debug)]
+pub struct Token<'a, E> {
+    /// What is computed.
+    pub form: Form,
+    /// `[n, dk]`
+    pub q: View<'a, E, 2>,
+    /// `[n, dk]`
+    pub k: View<'a, E, 2>,
+    /// `[n, dv]`
+    pub v: View<'a, E, 2>,
+    /// Which row.
+    pub at: usize,
+    /// Room for `q`, `k`, `v` and the output as `f32`.
+    pub rows: [&'a mut [f32]; 4],
+    /// `S`, `dk x dv`
+    pub state: &'a mut [f32],
+    /// `z`
+    pub z: &'a mut [f32],
+    /// `[n, dv]`, all rows.
+    pub out: ViewMut<'a, E, 2>,
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Token {
+            form,
+            at,
+            state,
+            z,
+            mut out,
+            ..
+        } = self;
+        let [q, k, v, y] = self.rows;
+        let ([_, dk], [_, dv]) = (self.q.shape(), self.v.shape());
+        map_rows(b, form.map, self.q, [at, 1], q, dk);
+        map_rows(b, form.map, self.k, [at, 1], k, dk);
+        let (v, _) = stage(b, self.v, [at, 1], v);
+        let scale = normaliser(b.lanes(), form, q, k, z);
+        if dv > 0 {
+            let (v, forget, stride) = (&v[..dv], Forget::Scale(1.0), dv);
+            Step {
+                state,
+                stride,
+                forget,
+                q,
+                k,
+                v,
+                out: &mut *y,
+                scale,
+            }
+            .run(b);
+            E::narrow(b.convert(), y, out.row_mut([at, 0]));
+        }
+    }
+}
