@@ -115,7 +115,7 @@ impl<B: Backend> Kernel<B> for Block<'_, '_, <B::T as Tiles>::Elem> {
     }
 }
 
-/// `store <- left * right`. Reads `right` once if `m` is at most [`SKINNY`]. `2 m k n` flops.
+/// `store <- left * right`. Reads `right` once if `m` is at most 16. `2 m k n` flops.
 pub fn gemm<B: Backend>(b: B, g: Gemm<'_, <B::T as Tiles>::Elem>, scratch: &mut Cut<'_>) {
     let Gemm {
         m,

@@ -61,6 +61,19 @@ impl Problem {
         [self.batch, self.len, self.heads(), self.dv]
     }
 
+    /// The first tokens of a call with one batch row.
+    pub fn start_of(&self, len: usize) -> Self {
+        assert_eq!(self.batch, 1, "batch rows");
+        let first = |x: &[f32], d: usize| x[..len * self.heads() * d].to_vec();
+        Self {
+            len,
+            q: first(&self.q, self.dk),
+            k: first(&self.k, self.dk),
+            v: first(&self.v, self.dv),
+            ..self.clone()
+        }
+    }
+
     pub fn op(&self) -> LightningAttention {
         let op = match self.chunk {
             Some(chunk) => LightningAttention::with_chunk(&self.slopes, chunk),
