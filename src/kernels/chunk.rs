@@ -350,32 +350,13 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
         let (v, vs) = stage(b, head.v, at, m, work.v);
         t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
         let forget = head.decay.forget(m);
-        let flush = head.decay.flush_due(at, m);
+        // The last chunk of a call always: the next call counts its chunks from 0 again.
+        let flush = at + m == head.q.shape()[0] || head.decay.flush_due(at, m);
         if forget == Forget::All {
             state.fill(0.0);
         }
-        let finite = all_finite(l, v, vs, m, dv);
         let (q, qs) = stage(b, head.q, at, m, work.q);
         let (k, ks) = stage(b, head.k, at, m, work.k);
-        if !finite {
-            // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
-            for r in 0..m {
-                let y = &mut work.out[..dv];
-                let (q, k) = (&q[r * qs..][..dk], &k[r * ks..][..dk]);
-                token(
-                    b,
-                    head.decay.forget(1),
-                    head.scale,
-                    q,
-                    k,
-                    &v[r * vs..][..dv],
-                    y,
-                    state,
-                );
-                E::narrow(b.convert(), y, out.row_mut([at + r, 0]));
-            }
-            return;
-        }
         for (r, w) in head.decay.key(m).iter().enumerate() {
             weigh(
                 l,
@@ -420,6 +401,26 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
         for j in (0..dv).step_by(PANEL) {
             let n = PANEL.min(dv - j);
             let state = &mut state[j * dk..][..PANEL * dk];
+            if !all_finite(l, &v[j..], vs, m, n) {
+                // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
+                // Panel by panel, because threads that share a head divide it by panels.
+                for r in 0..m {
+                    let y = &mut work.out[..n];
+                    Step {
+                        state: &mut *state,
+                        stride: PANEL,
+                        forget: head.decay.forget(1),
+                        q: &q[r * qs..][..dk],
+                        k: &k[r * ks..][..dk],
+                        v: &v[r * vs + j..][..n],
+                        out: &mut *y,
+                        scale: head.scale,
+                    }
+                    .run(b);
+                    E::narrow(b.convert(), y, &mut out.row_mut([at + r, 0])[j..j + n]);
+                }
+                continue;
+            }
             let values = Right::packed(&work.values[j * m..][..PANEL * m], m);
             let right_s = t.view_right(l, state, dk, n, work.view_s);
             let product = Product {
@@ -482,35 +483,6 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             };
             t.product(b, &product, &mut Meanwhile { sink, ahead });
         }
-    }
-}
-
-/// One token against a state in panels.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)] // the pieces of one `Step`, panel by panel
-fn token<B: Backend>(
-    b: B,
-    forget: Forget,
-    scale: f32,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    out: &mut [f32],
-    state: &mut [f32],
-) {
-    let panels = state.chunks_exact_mut(PANEL * q.len());
-    for ((v, out), state) in v.chunks(PANEL).zip(out.chunks_mut(PANEL)).zip(panels) {
-        Step {
-            state,
-            stride: PANEL,
-            forget,
-            q,
-            k,
-            v,
-            out,
-            scale,
-        }
-        .run(b);
     }
 }
 
