@@ -38,10 +38,19 @@ pub fn all_finite<L: Lanes>(l: L, data: &[f32], stride: usize, rows: usize, widt
                 sums[i] = l.mul_add(x[i], l.zero(), sums[i]);
             }
         }
+        let (pairs, rest) = rest.as_chunks::<2>();
+        for x in pairs {
+            sums[0] = l.mul_add(x[0], l.zero(), sums[0]);
+            sums[1] = l.mul_add(x[1], l.zero(), sums[1]);
+        }
         for x in rest {
             sums[0] = l.mul_add(*x, l.zero(), sums[0]);
         }
-        sums[1] = l.mul_add(l.load_head(tail), l.zero(), sums[1]);
+        if !tail.is_empty() {
+            sums[1] = l.mul_add(l.load_head(tail), l.zero(), sums[1]);
+        }
+        // The next row begins with the other two: narrow rows do not wait for each other either.
+        sums = [sums[2], sums[3], sums[0], sums[1]];
     }
     l.sum(l.add(l.add(sums[0], sums[1]), l.add(sums[2], sums[3]))) == 0.0
 }
