@@ -275,7 +275,7 @@ impl Runtime {
     /// one.
     pub(crate) fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         #[cfg(feature = "parallel")]
-        if self.threads() > 1 {
+        if self.threads() > 1 && rayon::current_thread_index().is_none() {
             return rayon::join(work, || ()).0;
         }
         work()
@@ -285,16 +285,6 @@ impl Runtime {
     fn parts<J: Divide>(&self, job: &J) -> usize {
         let worth = (job.flops() / WORTH_A_THREAD).max(1);
         self.threads().min(worth).min(job.units()).max(1)
-    }
-
-    /// Runs `work` on a thread of the pool, if more than one thread is wanted: work that divides itself again and
-    /// again pays for crossing into the pool only once.
-    pub(crate) fn inside<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        #[cfg(feature = "parallel")]
-        if self.threads() > 1 && rayon::current_thread_index().is_none() {
-            return rayon::join(work, || ()).0;
-        }
-        work()
     }
 
     /// `bytes` of scratch memory for `work`, kept for later calls.

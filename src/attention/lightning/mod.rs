@@ -138,6 +138,7 @@ impl LightningAttention {
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Value`] if `cu_seqlens` does not rise from 0 to `len`.
+    #[expect(clippy::too_many_arguments, reason = "those of `forward` and where sequences end")]
     pub fn forward_packed<E: Element>(
         &self,
         rt: &Runtime,

@@ -16,7 +16,7 @@ pub fn head(
     scale: f64,
     state: &mut [f64],
 ) -> Vec<f64> {
-    let n = if dv > 0 { v.len() / dv } else { 0 };
+    let n = v.len().checked_div(dv).unwrap_or(0);
     let lambda = libm::exp(-slope);
     let mut out = vec![0.0; n * dv];
     for t in 0..n {

@@ -403,7 +403,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             let bytes = bytes_of::<f32>(shape.state_len())
                 + bytes_of::<f32>(AHEAD * shape.score_len())
                 + bytes_of::<u8>(parts * shape.workspace_bytes::<B>());
-            return rt.with_scratch(bytes, |cut| rt.inside(|| shared(b, job, parts, cut)));
+            return rt.with_scratch(bytes, |cut| rt.enter(|| shared(b, job, parts, cut)));
         }
         let bytes = job.bytes::<B>();
         rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))

@@ -58,8 +58,10 @@ impl Group {
         sums.fill(0.0);
         let Some((s, z)) = states else { return };
         for (h, panels, sum) in self.heads(sums) {
-            let (state, dv) = (s.matrix_mut(self.batch, h), self.shape.dv);
-            b.call(ToPanels { state, dv, panels });
+            if self.shape.dv > 0 {
+                let (state, dv) = (s.matrix_mut(self.batch, h), self.shape.dv);
+                b.call(ToPanels { state, dv, panels });
+            }
             sum.copy_from_slice(z.matrix_mut(self.batch, h));
         }
     }

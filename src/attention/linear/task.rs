@@ -96,7 +96,8 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
     let mut rows = [dk, dk, dv, dv].map(|n| scratch.take::<f32>(n));
     for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
         let (state, z) = match &mut job.states {
-            Some((s, z)) => (s.matrix_mut(n, h), z.matrix_mut(n, h)),
+            Some((s, z)) if dv > 0 => (s.matrix_mut(n, h), z.matrix_mut(n, h)),
+            Some((_, z)) => (&mut *own_s, z.matrix_mut(n, h)),
             None => {
                 own_s.fill(0.0);
                 own_z.fill(0.0);

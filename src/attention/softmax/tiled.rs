@@ -317,7 +317,7 @@ pub(super) fn run<E: Element>(
         lq.saturating_mul(heads / kv_heads.max(1)) <= FEW,
     );
     // Whole heads pack their keys once; queries can always be shared out evenly.
-    let even = |n: usize| n % threads == 0 || n >= 8 * threads;
+    let even = |n: usize| n.is_multiple_of(threads) || n >= 8 * threads;
     let axis = if even(kv_heads) {
         Axis::Heads
     } else if even(batch) || (few && batch > 1) {
