@@ -23,14 +23,19 @@ fn attention(c: &mut Criterion) {
         let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
         for (len, dim) in [(1, 128), (2048, 64), (2048, 128)] {
             let shape = [1, len, HEADS, dim];
-            let (q, k, v, mut out) = (normal(shape, 1), normal(shape, 2), normal(shape, 3), normal(shape, 4));
+            let (q, k, v, mut out) =
+                (normal(shape, 1), normal(shape, 2), normal(shape, 3), normal(shape, 4));
             group.throughput(Throughput::Elements(len as u64));
-            let id = |what: &str| BenchmarkId::new(format!("{what}/{}", rt.kernel()), format!("n{len}-d{dim}"));
+            let id = |what: &str| {
+                BenchmarkId::new(format!("{what}/{}", rt.kernel()), format!("n{len}-d{dim}"))
+            };
             let slopes: Vec<f64> = (1..=HEADS).map(|h| (-(h as f64)).exp2()).collect();
             let lightning = LightningAttention::new(&slopes).expect("slopes");
             let mut state = State::new(1, HEADS, dim, dim).expect("a state");
             group.bench_function(id("lightning"), |b| {
-                b.iter(|| lightning.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state));
+                b.iter(|| {
+                    lightning.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state)
+                });
             });
             let linear = LinearAttention::new(FeatureMap::Elu1);
             group.bench_function(id("linear"), |b| {

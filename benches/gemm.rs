@@ -31,7 +31,14 @@ impl Task for Product<'_, '_> {
             bench.iter(|| {
                 let left = Left { data: a.as_slice(), order: Order::Rows(k) };
                 let store = Store::new(output(c.as_mut_slice(), m, n));
-                matmul(b, [m, k, n], left, Source::Rows(w.as_slice(), n), store, &mut Cut::new(scratch));
+                matmul(
+                    b,
+                    [m, k, n],
+                    left,
+                    Source::Rows(w.as_slice(), n),
+                    store,
+                    &mut Cut::new(scratch),
+                );
             });
         });
     }
@@ -41,7 +48,9 @@ fn gemm(c: &mut Criterion) {
     let mut group = c.benchmark_group("gemm");
     for isa in Isa::detected() {
         let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
-        for shape in [[64, 64, 64], [128, 128, 128], [256, 128, 256], [1, 1024, 2816], [1024, 1024, 1024]] {
+        for shape in
+            [[64, 64, 64], [128, 128, 128], [256, 128, 256], [1, 1024, 2816], [1024, 1024, 1024]]
+        {
             rt.run(Product { shape, group: &mut group });
         }
     }

@@ -105,9 +105,7 @@ fn load(path: Option<&Path>) -> Result<TransNormerLlm> {
     match path.and_then(Path::to_str) {
         Some("random-385m") => random(TransNormerConfig::m385()),
         Some("random-1b") => random(TransNormerConfig::b1()),
-        _ => Ok(TransNormerLlm::load(
-            path.map_or_else(shipped, Path::to_path_buf),
-        )?),
+        _ => Ok(TransNormerLlm::load(path.map_or_else(shipped, Path::to_path_buf))?),
     }
 }
 
@@ -265,10 +263,7 @@ impl Codec {
             Self::Bytes => Ok(text.iter().map(|b| u32::from(*b)).collect()),
             Self::Ids => {
                 let words = std::str::from_utf8(text)?.split_whitespace();
-                let id = |w: &str| {
-                    w.parse()
-                        .map_err(|_| format!("not a token id: {w:?}").into())
-                };
+                let id = |w: &str| w.parse().map_err(|_| format!("not a token id: {w:?}").into());
                 words.map(id).collect()
             }
             #[cfg(feature = "tokenizers")]
@@ -318,9 +313,7 @@ impl Output<'_> {
                 // A token may complete a character or join the next one, so all tokens of the line are decoded
                 // again and only what is new is printed, up to an incomplete character.
                 self.seen.tokens.push(token);
-                let text = t
-                    .decode(&self.seen.tokens, true)
-                    .map_err(|e| e.to_string())?;
+                let text = t.decode(&self.seen.tokens, true).map_err(|e| e.to_string())?;
                 let whole = text.trim_end_matches('\u{fffd}').len();
                 if let Some(new) = text.get(self.seen.printed..whole) {
                     self.out.write_all(new.as_bytes())?;

@@ -38,14 +38,8 @@ fn decode(rt: &Runtime, config: TransNormerConfig, batch: usize, steps: usize) -
     let mut state = model.new_state(batch).expect("a state");
     let mut logits = vec![0.0; batch * vocab];
     let prompt: Vec<u32> = (0..batch * 40).map(|t| (t % vocab) as u32).collect();
-    model
-        .prefill(rt, &prompt, &mut state, &mut logits)
-        .expect("a prompt");
-    let config = SamplerConfig {
-        top_k: 20,
-        top_p: 0.9,
-        ..SamplerConfig::default()
-    };
+    model.prefill(rt, &prompt, &mut state, &mut logits).expect("a prompt");
+    let config = SamplerConfig { top_k: 20, top_p: 0.9, ..SamplerConfig::default() };
     let mut sampler = Sampler::new(config).expect("a sampler");
     let mut tokens = vec![0; batch];
     let mut before = 0;
@@ -56,9 +50,7 @@ fn decode(rt: &Runtime, config: TransNormerConfig, batch: usize, steps: usize) -
         for (token, row) in tokens.iter_mut().zip(logits.chunks_exact(vocab)) {
             *token = sampler.sample(row).expect("a token");
         }
-        model
-            .decode_step(rt, &tokens, &mut state, &mut logits)
-            .expect("a step");
+        model.decode_step(rt, &tokens, &mut state, &mut logits).expect("a step");
     }
     CALLS.load(Ordering::Relaxed) - before
 }
@@ -70,10 +62,7 @@ fn main() {
     assert_eq!(decode(&rt, small(), 5, 1_000), 0, "five sequences");
     #[cfg(feature = "parallel")]
     {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(3)
-            .build()
-            .expect("a pool");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool");
         let rt = Runtime::builder().threads(3).build().expect("a runtime");
         let large = TransNormerConfig::sized(3000, 512, 2, 8, 1408);
         let calls = pool.install(|| decode(&rt, large, 2, 50));

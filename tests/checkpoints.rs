@@ -111,10 +111,7 @@ fn directories_may_hold_shards() {
     write("y.safetensors", &one("b"));
     write("config.json", b"{}");
     let index = |map: &str| {
-        write(
-            "model.safetensors.index.json",
-            format!("{{\"weight_map\": {map}}}").as_bytes(),
-        );
+        write("model.safetensors.index.json", format!("{{\"weight_map\": {map}}}").as_bytes());
         Checkpoint::open(&path)
     };
     let both = index(r#"{"a": "x.safetensors", "b": "y.safetensors"}"#).expect("two shards");
@@ -133,12 +130,6 @@ fn directories_may_hold_shards() {
     write("y.safetensors", &one("a"));
     let got = index(r#"{"a": "x.safetensors", "b": "y.safetensors"}"#);
     assert!(matches!(got, Err(Error::Checkpoint { .. })), "a twice");
-    assert!(matches!(
-        Checkpoint::open(path.join("none")),
-        Err(Error::Io { .. })
-    ));
-    assert!(matches!(
-        Checkpoint::open(folder("empty")),
-        Err(Error::Io { .. })
-    ));
+    assert!(matches!(Checkpoint::open(path.join("none")), Err(Error::Io { .. })));
+    assert!(matches!(Checkpoint::open(folder("empty")), Err(Error::Io { .. })));
 }

@@ -74,16 +74,11 @@ impl Case {
         Linear::new(weight, bias.map(|b| b.1.as_slice())).expect("a linear map")
     }
     fn slopes(&self) -> Vec<f64> {
-        self.data("in.slope")
-            .iter()
-            .map(|s| f64::from(*s))
-            .collect()
+        self.data("in.slope").iter().map(|s| f64::from(*s)).collect()
     }
     fn check(&self, what: &str, isa: Isa, got: &[f32], want: &[f32]) {
         let error = relative(got, want);
-        let Self {
-            name, tolerance, ..
-        } = self;
+        let Self { name, tolerance, .. } = self;
         assert!(error <= *tolerance, "{name} {what} on {isa}: {error:e}");
     }
     fn gla(&self, prefix: &str) -> GatedLinearAttention {
@@ -129,11 +124,7 @@ fn relative(got: &[f32], want: &[f32]) -> f64 {
         num += (f64::from(*g) - f64::from(*w)).powi(2);
         den += f64::from(*w).powi(2);
     }
-    if den == 0.0 {
-        num.sqrt()
-    } else {
-        (num / den).sqrt()
-    }
+    if den == 0.0 { num.sqrt() } else { (num / den).sqrt() }
 }
 
 fn runtimes() -> impl Iterator<Item = (Isa, Runtime)> {
@@ -150,8 +141,7 @@ fn srmsnorm() {
         for (isa, rt) in runtimes() {
             let mut y = vec![f32::NAN; x.len()];
             let (x, out) = (View::new(&x, shape), ViewMut::new(&mut y, shape));
-            norm.forward(&rt, x.expect("x"), out.expect("out"))
-                .expect("a norm");
+            norm.forward(&rt, x.expect("x"), out.expect("out")).expect("a norm");
             case.check("y", isa, &y, case.data("out.y"));
         }
     }
@@ -162,16 +152,12 @@ fn positions() {
     for case in cases("lrpe") {
         let theta = case.view::<3>("w.theta").merge_rows().expect("rows");
         let lrpe = Lrpe::new(theta).expect("angles");
-        let x = case
-            .view::<4>("in.x")
-            .permute([0, 2, 1, 3])
-            .expect("heads inside");
+        let x = case.view::<4>("in.x").permute([0, 2, 1, 3]).expect("heads inside");
         for (isa, rt) in runtimes() {
             let mut y = vec![f32::NAN; case.data("out.y").len()];
             let out = ViewMut::new(&mut y, case.shape("out.y")).expect("out");
             let out = out.permute([0, 2, 1, 3]).expect("heads inside");
-            lrpe.forward(&rt, x, case.usize("offset"), out)
-                .expect("lrpe");
+            lrpe.forward(&rt, x, case.usize("offset"), out).expect("lrpe");
             case.check("y", isa, &y, case.data("out.y"));
         }
     }
@@ -182,18 +168,13 @@ fn positions() {
         };
         let base = case.config["base"].as_f64().expect("base");
         let rope = Rope::new(style, case.usize("rot_dim"), base).expect("rope");
-        let at: Option<Vec<usize>> = case
-            .tensors
-            .get("in.positions")
-            .map(|p| p.1.iter().map(|x| *x as usize).collect());
+        let at: Option<Vec<usize>> =
+            case.tensors.get("in.positions").map(|p| p.1.iter().map(|x| *x as usize).collect());
         let positions = match &at {
             Some(at) => Positions::At(at),
             None => Positions::From(case.usize("start")),
         };
-        let x = case
-            .view::<4>("in.x")
-            .permute([0, 2, 1, 3])
-            .expect("heads inside");
+        let x = case.view::<4>("in.x").permute([0, 2, 1, 3]).expect("heads inside");
         for (isa, rt) in runtimes() {
             let mut y = vec![f32::NAN; case.data("out.y").len()];
             let out = ViewMut::new(&mut y, case.shape("out.y")).expect("out");
@@ -251,9 +232,7 @@ fn block() {
             let fresh = block.new_state(shape[0]).expect("state");
             let mut state = case.state(fresh, case.usize("offset"));
             let mut x = Tensor::<3>::from_slice(case.data("in.x"), shape).expect("x");
-            block
-                .forward(&rt, x.view_mut(), &mut state)
-                .expect("a block");
+            block.forward(&rt, x.view_mut(), &mut state).expect("a block");
             case.check("y", isa, x.as_slice(), case.data("out.y"));
             let got = state.view().as_slice().expect("contiguous");
             case.check("state", isa, got, case.data("out.state"));
@@ -278,9 +257,7 @@ fn minimax() {
         for (isa, rt) in runtimes() {
             let mut state = case.state(layer.new_state(x.shape()[0]).expect("state"), 0);
             let mut y = Tensor::<3>::zeros(x.shape()).expect("out");
-            layer
-                .forward(&rt, x, y.view_mut(), &mut state)
-                .expect("a layer");
+            layer.forward(&rt, x, y.view_mut(), &mut state).expect("a layer");
             case.check("y", isa, y.as_slice(), case.data("out.y"));
             let got = state.view().as_slice().expect("contiguous");
             case.check("state", isa, got, case.data("out.state"));
@@ -309,9 +286,7 @@ fn whole_model() {
         for (isa, rt) in runtimes() {
             let mut state = model.new_state(batch).expect("state");
             let mut logits = vec![f32::NAN; batch * len * vocab];
-            model
-                .forward(&rt, &tokens, &mut state, &mut logits)
-                .expect("logits");
+            model.forward(&rt, &tokens, &mut state, &mut logits).expect("logits");
             case.check("logits", isa, &logits, case.data("out.logits"));
             for (l, layer) in state.layers().iter().enumerate() {
                 let got = layer.view().as_slice().expect("contiguous");
@@ -331,9 +306,7 @@ fn whole_model() {
                     let want = case.data("out.greedy")[b * steps + step] as u32;
                     assert_eq!(*token, want, "{} step {step} on {isa}", case.name);
                 }
-                model
-                    .decode_step(&rt, &next, &mut state, &mut last)
-                    .expect("a step");
+                model.decode_step(&rt, &next, &mut state, &mut last).expect("a step");
             }
         }
     }
@@ -344,28 +317,18 @@ fn checkpoint_holds_the_same_model() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
     let path = folder.join("checkpoint__transnormerllm_tiny.safetensors");
     let loaded = TransNormerLlm::load(&path).expect("a model");
-    let case = cases("model.transnormerllm")
-        .into_iter()
-        .find(|c| c.name.ends_with("tiny_tied"));
+    let case = cases("model.transnormerllm").into_iter().find(|c| c.name.ends_with("tiny_tied"));
     let made = model_of(&case.expect("the tied case"));
     let rt = Runtime::new().expect("a runtime");
     let [a, b] = [loaded, made].map(|model| {
         let mut logits = vec![0.0; 61];
         let mut state = model.new_state(1).expect("state");
-        model
-            .prefill(&rt, &[3, 1, 4, 1, 5], &mut state, &mut logits)
-            .expect("logits");
+        model.prefill(&rt, &[3, 1, 4, 1, 5], &mut state, &mut logits).expect("logits");
         logits
     });
     assert_eq!(a, b);
     let bytes = std::fs::read(&path).expect("a file");
-    assert_eq!(
-        Checkpoint::from_bytes(bytes)
-            .expect("whole")
-            .names()
-            .count(),
-        18
-    );
+    assert_eq!(Checkpoint::from_bytes(bytes).expect("whole").names().count(), 18);
 }
 
 fn small() -> TransNormerLlm {
@@ -385,23 +348,17 @@ fn any_split_gives_the_same() {
     for (isa, rt) in runtimes() {
         let mut whole = model.new_state(1).expect("state");
         let mut all = vec![0.0; tokens.len() * 97];
-        model
-            .forward(&rt, &tokens, &mut whole, &mut all)
-            .expect("logits");
+        model.forward(&rt, &tokens, &mut whole, &mut all).expect("logits");
         let mut parts = model.new_state(1).expect("state");
         let (mut at, mut last) = (0, vec![0.0; 97]);
         for n in [1, 2, 1, 63, 1, 256, 5, 300, 1, 1] {
-            model
-                .prefill(&rt, &tokens[at..at + n], &mut parts, &mut last)
-                .expect("logits");
+            model.prefill(&rt, &tokens[at..at + n], &mut parts, &mut last).expect("logits");
             at += n;
             let error = relative(&last, &all[(at - 1) * 97..at * 97]);
             assert!(error < 1e-5, "logits behind {at} on {isa}: {error:e}");
         }
         while at < tokens.len() {
-            model
-                .decode_step(&rt, &tokens[at..=at], &mut parts, &mut last)
-                .expect("a step");
+            model.decode_step(&rt, &tokens[at..=at], &mut parts, &mut last).expect("a step");
             at += 1;
         }
         let error = relative(&last, &all[(at - 1) * 97..]);
@@ -420,22 +377,14 @@ fn batches_equal_single_sequences() {
     for (isa, rt) in runtimes() {
         let mut state = model.new_state(4).expect("state");
         let mut logits = vec![0.0; 4 * 97];
-        model
-            .prefill(&rt, &tokens, &mut state, &mut logits)
-            .expect("logits");
-        model
-            .decode_step(&rt, &[1, 2, 3, 4], &mut state, &mut logits)
-            .expect("a step");
+        model.prefill(&rt, &tokens, &mut state, &mut logits).expect("logits");
+        model.decode_step(&rt, &[1, 2, 3, 4], &mut state, &mut logits).expect("a step");
         for (b, row) in logits.chunks_exact(97).enumerate() {
             let (mut single, mut want) = (model.new_state(1).expect("state"), vec![0.0; 97]);
             let own = &tokens[b * 150..][..150];
-            model
-                .prefill(&rt, own, &mut single, &mut want)
-                .expect("logits");
+            model.prefill(&rt, own, &mut single, &mut want).expect("logits");
             let next = [b as u32 + 1];
-            model
-                .decode_step(&rt, &next, &mut single, &mut want)
-                .expect("a step");
+            model.decode_step(&rt, &next, &mut single, &mut want).expect("a step");
             let error = relative(row, &want);
             assert!(error < 1e-5, "sequence {b} on {isa}: {error:e}");
         }
@@ -448,9 +397,7 @@ fn threads_change_nothing() {
     let results = [1, 2, 3, 8].map(|n| {
         let rt = Runtime::builder().threads(n).build().expect("a runtime");
         let (mut state, mut logits) = (model.new_state(2).expect("state"), vec![0.0; 2 * 97]);
-        model
-            .prefill(&rt, &tokens, &mut state, &mut logits)
-            .expect("logits");
+        model.prefill(&rt, &tokens, &mut state, &mut logits).expect("logits");
         logits
     });
     assert!(results.iter().all(|r| *r == results[0]));
@@ -460,40 +407,25 @@ fn threads_change_nothing() {
 fn saved_states_resume_bit_for_bit() {
     let (model, rt) = (small(), Runtime::new().expect("a runtime"));
     let (mut state, mut a) = (model.new_state(2).expect("state"), vec![0.0; 2 * 97]);
-    model
-        .prefill(&rt, &some_tokens(40), &mut state, &mut a)
-        .expect("logits");
+    model.prefill(&rt, &some_tokens(40), &mut state, &mut a).expect("logits");
     let mut file = Vec::new();
     state.save(&mut file).expect("saved");
     let mut again = model.new_state(2).expect("state");
     again.restore(file.as_slice()).expect("restored");
     assert_eq!(again.len(), 20);
     let mut b = a.clone();
-    model
-        .decode_step(&rt, &[5, 6], &mut state, &mut a)
-        .expect("a step");
-    model
-        .decode_step(&rt, &[5, 6], &mut again, &mut b)
-        .expect("a step");
+    model.decode_step(&rt, &[5, 6], &mut state, &mut a).expect("a step");
+    model.decode_step(&rt, &[5, 6], &mut again, &mut b).expect("a step");
     assert_eq!(a, b);
 
     // Whatever is wrong with the file, the state stays what it was.
     let mut other = model.new_state(1).expect("state");
-    assert!(matches!(
-        other.restore(file.as_slice()),
-        Err(Error::State { field: "batch", .. })
-    ));
+    assert!(matches!(other.restore(file.as_slice()), Err(Error::State { field: "batch", .. })));
     let foreign =
         TransNormerLlm::random(TransNormerConfig::sized(97, 48, 2, 4, 64), 1).expect("model");
     let mut foreign = foreign.new_state(2).expect("state");
     let got = foreign.restore(file.as_slice());
-    assert!(matches!(
-        got,
-        Err(Error::State {
-            field: "configuration",
-            ..
-        })
-    ));
+    assert!(matches!(got, Err(Error::State { field: "configuration", .. })));
     let before = again.clone();
     for cut in [0, 7, 8, 15, 40, file.len() / 2, file.len() - 1] {
         assert!(again.restore(&file[..cut]).is_err(), "cut at {cut}");
@@ -512,52 +444,26 @@ fn saved_states_resume_bit_for_bit() {
 fn refusals_leave_everything_untouched() {
     let (model, rt) = (small(), Runtime::new().expect("a runtime"));
     let (mut state, mut logits) = (model.new_state(1).expect("state"), vec![7.0; 97]);
-    model
-        .prefill(&rt, &[1, 2, 3], &mut state, &mut logits)
-        .expect("logits");
+    model.prefill(&rt, &[1, 2, 3], &mut state, &mut logits).expect("logits");
     let before = state.clone();
     logits.fill(7.0);
     let refused = |got: linattn::Result<()>, arg: &str| match got {
         Err(Error::Value { arg: a, .. } | Error::Shape { arg: a, .. }) => assert_eq!(a, arg),
         other => panic!("{arg}: {other:?}"),
     };
-    refused(
-        model.decode_step(&rt, &[97], &mut state, &mut logits),
-        "tokens",
-    );
-    refused(
-        model.prefill(&rt, &[0, u32::MAX], &mut state, &mut logits),
-        "tokens",
-    );
+    refused(model.decode_step(&rt, &[97], &mut state, &mut logits), "tokens");
+    refused(model.prefill(&rt, &[0, u32::MAX], &mut state, &mut logits), "tokens");
     refused(model.prefill(&rt, &[], &mut state, &mut logits), "tokens");
-    refused(
-        model.decode_step(&rt, &[1, 2], &mut state, &mut logits),
-        "tokens",
-    );
-    refused(
-        model.decode_step(&rt, &[1], &mut state, &mut logits[..96]),
-        "logits",
-    );
-    refused(
-        model.forward(&rt, &[1, 2], &mut state, &mut logits),
-        "logits",
-    );
+    refused(model.decode_step(&rt, &[1, 2], &mut state, &mut logits), "tokens");
+    refused(model.decode_step(&rt, &[1], &mut state, &mut logits[..96]), "logits");
+    refused(model.forward(&rt, &[1, 2], &mut state, &mut logits), "logits");
     refused(model.new_state(0).map(drop), "batch");
     let mut two = model.new_state(2).expect("state");
-    refused(
-        model.prefill(&rt, &[1, 2, 3], &mut two, &mut [0.0; 194]),
-        "tokens",
-    );
+    refused(model.prefill(&rt, &[1, 2, 3], &mut two, &mut [0.0; 194]), "tokens");
     let other =
         TransNormerLlm::random(TransNormerConfig::sized(97, 48, 3, 2, 64), 3).expect("model");
     let got = other.decode_step(&rt, &[1], &mut state, &mut logits);
-    assert!(matches!(
-        got,
-        Err(Error::State {
-            field: "configuration",
-            ..
-        })
-    ));
+    assert!(matches!(got, Err(Error::State { field: "configuration", .. })));
     assert!(logits.iter().all(|x| *x == 7.0));
     assert_eq!(state.len(), before.len());
     for (a, b) in before.layers().iter().zip(state.layers()) {
@@ -577,27 +483,11 @@ fn configurations_are_checked() {
         ("simplermsnorm", "layernorm", "norm_type"),
         ("\"glu_dim\": 48", "\"glu_dim\": -1", "glu_dim"),
         ("\"glu_dim\": 48", "\"glu\": 48", "glu_dim"),
-        (
-            "\"decoder_layers\": 3",
-            "\"decoder_layers\": 0",
-            "decoder_layers",
-        ),
-        (
-            "\"decoder_layers\": 3",
-            "\"decoder_layers\": 99999999",
-            "decoder_layers",
-        ),
+        ("\"decoder_layers\": 3", "\"decoder_layers\": 0", "decoder_layers"),
+        ("\"decoder_layers\": 3", "\"decoder_layers\": 99999999", "decoder_layers"),
         ("heads\": 4", "heads\": 5", "decoder_attention_heads"),
-        (
-            "{",
-            "{\"linear_use_lrpe_list\": [1], ",
-            "linear_use_lrpe_list",
-        ),
-        (
-            "{",
-            "{\"linear_use_lrpe_list\": [1, 2, 0], ",
-            "linear_use_lrpe_list",
-        ),
+        ("{", "{\"linear_use_lrpe_list\": [1], ", "linear_use_lrpe_list"),
+        ("{", "{\"linear_use_lrpe_list\": [1, 2, 0], ", "linear_use_lrpe_list"),
         ("{", "{\"bias\": 1, ", "bias"),
         ("{", "[", "config"),
     ] {
@@ -622,15 +512,10 @@ fn sampling() {
         assert!((*n as f64 / 40_000.0 - w / total).abs() < 0.01, "{seen:?}");
     }
     let draws = |top_k, top_p| {
-        let config = SamplerConfig {
-            top_k,
-            top_p,
-            ..SamplerConfig::default()
-        };
+        let config = SamplerConfig { top_k, top_p, ..SamplerConfig::default() };
         let mut sampler = Sampler::new(config).expect("a sampler");
-        let mut seen: Vec<u32> = (0..500)
-            .map(|_| sampler.sample(&logits).expect("a token"))
-            .collect();
+        let mut seen: Vec<u32> =
+            (0..500).map(|_| sampler.sample(&logits).expect("a token")).collect();
         seen.sort_unstable();
         seen.dedup();
         seen
@@ -640,12 +525,7 @@ fn sampling() {
     assert_eq!(draws(0, 0.75), [1, 2]);
     assert_eq!(draws(9, 1.0), [0, 1, 2, 3]);
     let bad = |temperature, top_p| {
-        Sampler::new(SamplerConfig {
-            temperature,
-            top_p,
-            ..SamplerConfig::default()
-        })
-        .is_err()
+        Sampler::new(SamplerConfig { temperature, top_p, ..SamplerConfig::default() }).is_err()
     };
     assert!(
         bad(-1.0, 1.0)
@@ -654,12 +534,7 @@ fn sampling() {
             && bad(1.0, 1.5)
             && bad(1.0, f32::NAN)
     );
-    for logits in [
-        vec![],
-        vec![f32::NAN, 1.0],
-        vec![f32::INFINITY],
-        vec![f32::NEG_INFINITY; 3],
-    ] {
+    for logits in [vec![], vec![f32::NAN, 1.0], vec![f32::INFINITY], vec![f32::NEG_INFINITY; 3]] {
         assert!(Sampler::greedy().sample(&logits).is_err(), "{logits:?}");
     }
 }

@@ -42,9 +42,8 @@ fn definition(act: Activation, x: f64, largest: f64) -> f64 {
 
 #[test]
 fn activations() {
-    let names = [
-        "none", "swish", "1+elu", "2+elu", "elu", "relu", "gelu", "sigmoid", "sine", "exp",
-    ];
+    let names =
+        ["none", "swish", "1+elu", "2+elu", "elu", "relu", "gelu", "sigmoid", "sine", "exp"];
     for rt in runtimes() {
         for act in names.map(Activation::parse) {
             for width in (1..=35).chain([64, 100, 257]) {
@@ -94,21 +93,13 @@ fn norms() {
             ];
             for (norm, centred, weighted, biased) in kinds {
                 let mut y = vec![f32::NAN; 2 * width];
-                let (x, out) = (
-                    View::new(&x, [2, width]).expect("x"),
-                    ViewMut::new(&mut y, [2, width]),
-                );
-                norm.expect("a norm")
-                    .forward(&rt, x, out.expect("out"))
-                    .expect("a norm");
+                let (x, out) =
+                    (View::new(&x, [2, width]).expect("x"), ViewMut::new(&mut y, [2, width]));
+                norm.expect("a norm").forward(&rt, x, out.expect("out")).expect("a norm");
                 for (r, row) in y.chunks(width).enumerate() {
                     let x: Vec<f64> = x.row([r, 0]).iter().map(|x| f64::from(*x)).collect();
                     let n = width as f64;
-                    let mean = if centred {
-                        x.iter().sum::<f64>() / n
-                    } else {
-                        0.0
-                    };
+                    let mean = if centred { x.iter().sum::<f64>() / n } else { 0.0 };
                     let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
                     for (j, y) in row.iter().enumerate() {
                         let mut want = (x[j] - mean) / (square + f64::from(eps)).sqrt();

@@ -40,9 +40,7 @@ fn scores_as_promised() {
     for rt in runtimes() {
         let mut state = model.new_state(1).expect("a state");
         let mut logits = vec![0.0; 4095 * 256];
-        model
-            .forward(&rt, &tokens[..4095], &mut state, &mut logits)
-            .expect("logits");
+        model.forward(&rt, &tokens[..4095], &mut state, &mut logits).expect("logits");
         let bits = logits.chunks_exact(256).zip(&tokens[1..]).map(|(row, t)| {
             let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
             sum.log2() - f64::from(row[*t as usize]) * std::f64::consts::LOG2_E

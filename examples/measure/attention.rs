@@ -21,13 +21,7 @@ struct Case<E: Element> {
 impl<E: Element> Case<E> {
     /// Normal inputs, queries scaled by `dim^-1/2`.
     fn new(args: &Args) -> Result<Self> {
-        let Args {
-            batch,
-            n,
-            heads,
-            dim,
-            ..
-        } = *args;
+        let Args { batch, n, heads, dim, .. } = *args;
         let dv = args.dv.unwrap_or(dim);
         let mut rng = Rng::new(args.seed);
         let mut make = |width, scale: f32| {
@@ -52,10 +46,7 @@ impl<E: Element> Case<E> {
     }
 
     fn views(&mut self) -> ([View<'_, E, 4>; 3], ViewMut<'_, E, 4>) {
-        let (views, out) = (
-            [self.q.view(), self.k.view(), self.v.view()],
-            self.out.view_mut(),
-        );
+        let (views, out) = ([self.q.view(), self.k.view(), self.v.view()], self.out.view_mut());
         match self.layout {
             Layout::Bthd => (views, out),
             Layout::Bhtd => {
@@ -90,10 +81,7 @@ impl<E: Element> Case<E> {
     /// One head as `f64`.
     fn head(view: View<'_, E, 4>, b: usize, h: usize) -> Vec<f64> {
         let [_, n, ..] = view.shape();
-        (0..n)
-            .flat_map(|t| view.row([b, t, h, 0]))
-            .map(|x| f64::from(x.to_f32()))
-            .collect()
+        (0..n).flat_map(|t| view.row([b, t, h, 0])).map(|x| f64::from(x.to_f32())).collect()
     }
 }
 
@@ -114,17 +102,9 @@ pub fn lightning(args: &Args, rt: &Runtime) -> Result<Outcome> {
 }
 
 fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
-    let Args {
-        batch,
-        n,
-        heads,
-        dim,
-        ..
-    } = *args;
+    let Args { batch, n, heads, dim, .. } = *args;
     let dv = args.dv.unwrap_or(dim);
-    let slopes: Vec<f64> = (1..=heads)
-        .map(|h| (-8.0 * h as f64 / heads as f64).exp2())
-        .collect();
+    let slopes: Vec<f64> = (1..=heads).map(|h| (-8.0 * h as f64 / heads as f64).exp2()).collect();
     let op = match args.chunk {
         Some(chunk) => LightningAttention::with_chunk(&slopes, chunk)?,
         None => LightningAttention::new(&slopes)?,
@@ -134,8 +114,7 @@ fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let times = timing::measure(args, || {
         state.reset();
         let ([q, k, v], out) = case.views();
-        op.forward(rt, q, k, v, out, &mut state)
-            .expect("valid arguments");
+        op.forward(rt, q, k, v, out, &mut state).expect("valid arguments");
     });
     let error = args.check.then(|| {
         case.error(args, |h, q, k, v| {
@@ -168,7 +147,8 @@ fn linear_noncausal_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome>
         let ([q, k, v], out) = case.views();
         op.forward(rt, q, k, v, out, None).expect("valid arguments");
     });
-    let terms = linear::naive::Terms { map: FeatureMap::Elu1, causal: false, eps: Some(1e-6), scale: 1.0 };
+    let terms =
+        linear::naive::Terms { map: FeatureMap::Elu1, causal: false, eps: Some(1e-6), scale: 1.0 };
     let error = args.check.then(|| {
         case.error(args, |_, q, k, v| {
             let (mut s, mut z) = (vec![0.0; dim * dv], vec![0.0; dim]);

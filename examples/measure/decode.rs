@@ -84,14 +84,23 @@ pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
             let row = |t: &Tensor<4>, w: usize| wide(&t.as_slice()[i * w..][..w]);
             let mut s = wide(&start.as_slice()[i * dim * dv..][..dim * dv]);
             let slope = slopes[i % heads];
-            want.extend(naive::head(&row(&q, dim), &row(&k, dim), &row(&v, dv), [dim, dv], slope, 1.0, &mut s));
+            want.extend(naive::head(
+                &row(&q, dim),
+                &row(&k, dim),
+                &row(&v, dv),
+                [dim, dv],
+                slope,
+                1.0,
+                &mut s,
+            ));
         }
         Some((timing::relative(out.as_slice(), &want), 1e-5))
     } else {
         None
     };
     let times = timing::measure(args, || {
-        op.forward(rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state).expect("valid arguments");
+        op.forward(rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state)
+            .expect("valid arguments");
     });
     let touch = timing::measure(args, || rt.run(Loop(start.as_mut_slice(), true)));
     let bytes = (8 * batch * heads * dim * dv) as f64;
@@ -118,12 +127,14 @@ pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
         tokens.fill_with(|| rng.below(vocab) as u32);
         model.decode_step(rt, &tokens, &mut state, &mut logits).expect("valid arguments");
     });
-    let per_layer = 5 * config.embed_dim * config.hidden_dim + 3 * config.embed_dim * config.glu_dim;
+    let per_layer =
+        5 * config.embed_dim * config.hidden_dim + 3 * config.embed_dim * config.glu_dim;
     let weights = config.layers * per_layer + vocab * config.embed_dim;
     let bytes = 4.0 * weights as f64;
     let mut memory = vec![1.0f32; 128 << 20];
     let read = median(timing::measure(args, || rt.run(Loop(&mut memory, false))));
-    let (rate, limit) = (bytes / median(times.clone()) / 1e9, 4.0 * memory.len() as f64 / read / 1e9);
+    let (rate, limit) =
+        (bytes / median(times.clone()) / 1e9, 4.0 * memory.len() as f64 / read / 1e9);
     let mut extra = serde_json::Map::new();
     extra.insert("config".into(), args.config.clone().into());
     extra.insert("tokens_per_s".into(), (args.batch as f64 / median(times.clone())).into());

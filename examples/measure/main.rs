@@ -135,9 +135,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Engine::Bf16x3 => Precision::Bf16x3,
         Engine::Bf16 => Precision::Bf16,
     };
-    let mut builder = Runtime::builder()
-        .threads(args.threads)
-        .precision(precision);
+    let mut builder = Runtime::builder().threads(args.threads).precision(precision);
     if let Some(name) = &args.isa {
         builder = builder.isa(Isa::parse(name)?);
     }
@@ -175,10 +173,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     map.extend(outcome.extra);
     println!("{line}");
-    if outcome
-        .error
-        .is_some_and(|(error, tolerance)| error.is_nan() || error > tolerance)
-    {
+    if outcome.error.is_some_and(|(error, tolerance)| error.is_nan() || error > tolerance) {
         std::process::exit(1);
     }
     Ok(())

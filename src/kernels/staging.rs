@@ -20,11 +20,7 @@ pub fn stage<'a, B: Backend, E: Element>(
         return (&data[at * stride..], stride);
     }
     for r in 0..rows {
-        E::widen(
-            b.convert(),
-            src.row([at + r, 0]),
-            &mut buffer[r * width..][..width],
-        );
+        E::widen(b.convert(), src.row([at + r, 0]), &mut buffer[r * width..][..width]);
     }
     (buffer, width)
 }

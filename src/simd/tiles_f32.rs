@@ -27,14 +27,8 @@ struct Strip {
 
 impl Strip {
     /// Nothing to add.
-    const EMPTY: Strip = Strip {
-        a: core::ptr::null(),
-        rows: 0,
-        steps: 1,
-        b: core::ptr::null(),
-        stride: 0,
-        k: 0,
-    };
+    const EMPTY: Strip =
+        Strip { a: core::ptr::null(), rows: 0, steps: 1, b: core::ptr::null(), stride: 0, k: 0 };
 }
 
 /// The tile loop and its sink, a kernel of its own: nothing else competes for its registers.
@@ -149,10 +143,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         sink: &mut S,
     ) {
         b.call(Tile::<S, M, W> {
-            first: p
-                .first
-                .as_ref()
-                .map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
+            first: p.first.as_ref().map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
             scale: p.first.as_ref().map(|(_, scale)| &scale[i..]),
             second: p.second.as_ref().map_or(Strip::EMPTY, |t| {
                 Self::strip(t, i, j, if p.causal { t.k.min(i + M) } else { t.k })
@@ -174,11 +165,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             a: term.left.data.as_ptr().wrapping_add(i * rows),
             rows,
             steps,
-            b: term
-                .right
-                .data
-                .as_ptr()
-                .wrapping_add(j / PANEL * term.right.step + j % PANEL),
+            b: term.right.data.as_ptr().wrapping_add(j / PANEL * term.right.step + j % PANEL),
             stride: term.right.stride,
             k,
         }
@@ -234,13 +221,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         if p.m == 0 || p.n == 0 {
             return;
         }
-        for t in p
-            .first
-            .iter()
-            .map(|f| &f.0)
-            .chain(&p.second)
-            .filter(|t| t.k > 0)
-        {
+        for t in p.first.iter().map(|f| &f.0).chain(&p.second).filter(|t| t.k > 0) {
             let reach = |n: usize, stride: usize, more: usize| {
                 (n - 1).checked_mul(stride).and_then(|x| x.checked_add(more))
             };
@@ -259,15 +240,9 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             };
             let held = |end: Option<usize>| end.is_some_and(|end| end <= t.right.data.len());
             let whole = last == 0 || held(panel(last - 1, PANEL));
-            assert!(
-                whole && held(panel(last, Self::read(columns))),
-                "right operand too short"
-            );
+            assert!(whole && held(panel(last, Self::read(columns))), "right operand too short");
         }
-        assert!(
-            p.first.is_none_or(|(_, scale)| scale.len() >= p.m),
-            "scale too short"
-        );
+        assert!(p.first.is_none_or(|(_, scale)| scale.len() >= p.m), "scale too short");
     }
 }
 
@@ -311,10 +286,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
                 for i in 0..m {
                     copy(l, &src.data[i * s..][..k], &mut dst[i * (k + GAP)..][..k]);
                 }
-                Left {
-                    data: dst,
-                    order: Order::Rows(k + GAP),
-                }
+                Left { data: dst, order: Order::Rows(k + GAP) }
             }
             _ => src,
         }

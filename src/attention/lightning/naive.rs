@@ -22,11 +22,7 @@ pub fn head(
     for t in 0..n {
         for i in 0..dk {
             for j in 0..dv {
-                let kept = if slope == f64::INFINITY {
-                    0.0
-                } else {
-                    lambda * state[i * dv + j]
-                };
+                let kept = if slope == f64::INFINITY { 0.0 } else { lambda * state[i * dv + j] };
                 state[i * dv + j] = kept + k[t * dk + i] * v[t * dv + j];
                 out[t * dv + j] += scale * q[t * dk + i] * state[i * dv + j];
             }

@@ -107,10 +107,7 @@ pub fn transnormer(run: &Run<'_>) -> Result<()> {
 
 /// The checkpoint holds the weights of another case, whose outputs it must reproduce.
 pub fn checkpoint(run: &Run<'_>) -> Result<()> {
-    let other = run
-        .case
-        .path
-        .with_file_name("model.transnormerllm__tiny_tied.safetensors");
+    let other = run.case.path.with_file_name("model.transnormerllm__tiny_tied.safetensors");
     let other = Case::read(&other).expect("the case with the same weights");
     check(run, &TransNormerLlm::load(&run.case.path)?, &other)
 }
