@@ -6,7 +6,9 @@ use linattn::Runtime;
 use linattn::kernels::gemm::{Gemm, Pack, gemm, gemm_bytes, matmul, matmul_bytes};
 use linattn::kernels::store::{Keep, Store};
 use linattn::scratch::{Cut, bytes_of};
-use linattn::simd::{Backend, Left, Order, Right, Source, Task, Tiles, right_len};
+use linattn::simd::{
+    Backend, Kernel, Left, Order, Product, Right, Source, Task, Term, Tiles, right_len,
+};
 use linattn::tensor::{Rng, Tensor, ViewMut};
 use proptest::prelude::*;
 use support::{bits, isas, normal, rel_err, runtime};
@@ -262,6 +264,77 @@ fn a_product_repeats_bit_for_bit() {
         let rt = runtime(isa);
         let first = p.run(&rt);
         assert_eq!(bits(&p.run(&rt)), bits(&first), "{isa}");
+    }
+}
+
+/// A product of operands that may be too short.
+struct Short<'a> {
+    size: [usize; 3],
+    left: Left<'a, f32>,
+    right: Right<'a, f32>,
+}
+
+impl Task for Short<'_> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
+        struct Enter<'a>(Short<'a>);
+        impl<B: Backend> Kernel<B> for Enter<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run(self, b: B) {
+                let Short { size, left, right } = self.0;
+                let ([m, k, n], mut out) = (size, vec![0.0; size[0] * size[2]]);
+                let mut store = Store::new(ViewMut::new(&mut out, [m, n]).expect("an output"));
+                let right = Right {
+                    data: bytemuck::cast_slice(right.data),
+                    step: right.step,
+                    stride: right.stride,
+                };
+                let left = Left { data: bytemuck::cast_slice(left.data), order: left.order };
+                let product = Product {
+                    m,
+                    n,
+                    first: None,
+                    second: Some(Term { left, right, k }),
+                    causal: false,
+                    lower: false,
+                };
+                b.tiles().product(b, &product, &mut store);
+            }
+        }
+        b.call(Enter(self));
+    }
+}
+
+#[test]
+fn operands_that_are_too_short_are_refused() {
+    let data = [1.0f32; 256];
+    let rows = |len, s| (&data[..len], Order::Rows(s));
+    let panels = |len, step, stride| (&data[..len], step, stride);
+    let good = (rows(12, 3), panels(96, 96, 32));
+    for (size, (left, order), (right, step, stride), fits) in [
+        ([4, 3, 32], good.0, good.1, true),
+        ([4, 3, 32], rows(11, 3), good.1, false),
+        ([4, 3, 32], rows(12, 4), good.1, false),
+        ([3, 3, 32], rows(12, usize::MAX / 2 + 1), good.1, false),
+        ([4, 3, 32], (&data[..11], Order::Columns(4)), good.1, false),
+        ([4, 3, 32], good.0, panels(95, 96, 32), false),
+        ([4, 3, 32], good.0, panels(96, 96, usize::MAX / 2 + 1), false),
+        ([4, 3, 64], good.0, panels(96, 96, 32), false),
+        ([4, 3, 64], good.0, panels(96, 0, 32), true),
+        // The part of a panel that is used lies inside, but not the whole ones before it.
+        ([4, 1, 33], good.0, panels(16, 0, 32), false),
+        ([4, 1, 96], good.0, panels(64, usize::MAX / 2 + 1, 32), false),
+    ] {
+        for isa in isas() {
+            let call = || {
+                let left = Left { data: left, order };
+                let right = Right { data: right, step, stride };
+                runtime(isa).run(Short { size, left, right });
+            };
+            let done = std::panic::catch_unwind(call).is_ok();
+            assert_eq!(done, fits, "{size:?}, {order:?}, {step}, {stride} on {isa}");
+        }
     }
 }
 

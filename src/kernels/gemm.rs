@@ -1,7 +1,7 @@
 //! Matrix products: `out = epilogue(left (m x k) * right (k x n))`.
 //!
 //! The right operand comes packed in panels (weights, packed once) or is packed into scratch on the way.
-//! The shared dimension is cut into blocks of [`KC`] and the rows into blocks of [`MC`], which fit the second
+//! The shared dimension is cut into blocks of `KC` and the rows into blocks of `MC`, which fit the second
 //! cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
 //! in order, and every block costs one more pass over the output.
 

@@ -206,22 +206,41 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         }
     }
 
+    /// How many columns of a panel tiles read for `columns` of the result.
+    fn read(columns: usize) -> usize {
+        let vectors = match (columns % Self::NR).div_ceil(L::N) {
+            n @ (0 | 1) => n,
+            2 if V > 2 => 2,
+            _ => V,
+        };
+        columns / Self::NR * Self::NR + vectors * L::N
+    }
+
     /// Panics unless every element that the product will touch lies inside its operand.
     fn check(p: &Product<'_, f32>) {
         if p.m == 0 || p.n == 0 {
             return;
         }
         for t in p.first.iter().map(|f| &f.0).chain(&p.second).filter(|t| t.k > 0) {
-            let last = match t.left.order {
-                Order::Rows(s) => (p.m - 1) * s + t.k - 1,
-                Order::Columns(s) => (t.k - 1) * s + p.m - 1,
+            let reach = |n: usize, stride: usize, more: usize| {
+                (n - 1).checked_mul(stride).and_then(|x| x.checked_add(more))
             };
-            assert!(last < t.left.data.len(), "left operand too short");
-            // The last vector of the last row of the last panel; earlier ones lie before it.
-            let j = (p.n - 1) / PANEL * PANEL;
-            let width = (p.n - j).next_multiple_of(L::N);
-            let end = j / PANEL * t.right.step + (t.k - 1) * t.right.stride + width;
-            assert!(end <= t.right.data.len(), "right operand too short");
+            let left = match t.left.order {
+                Order::Rows(s) => reach(p.m, s, t.k),
+                Order::Columns(s) => reach(t.k, s, p.m),
+            };
+            let held = left.is_some_and(|end| end <= t.left.data.len());
+            assert!(held, "left operand too short");
+            // The last panel, and the last whole one: panels may be any distance apart.
+            let (last, columns) = ((p.n - 1) / PANEL, (p.n - 1) % PANEL + 1);
+            let depth = reach(t.k, t.right.stride, 0);
+            let panel = |at: usize, width: usize| {
+                let begin = depth.and_then(|d| at.checked_mul(t.right.step)?.checked_add(d));
+                begin.and_then(|b| b.checked_add(width))
+            };
+            let held = |end: Option<usize>| end.is_some_and(|end| end <= t.right.data.len());
+            let whole = last == 0 || held(panel(last - 1, PANEL));
+            assert!(whole && held(panel(last, Self::read(columns))), "right operand too short");
         }
         assert!(p.first.is_none_or(|(_, scale)| scale.len() >= p.m), "scale too short");
     }
