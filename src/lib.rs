@@ -7,7 +7,6 @@ extern crate alloc;
 
 pub mod attention;
 pub mod error;
-#[cfg(feature = "io")]
 pub mod io;
 pub mod kernels;
 pub mod layers;

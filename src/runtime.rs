@@ -1,6 +1,8 @@
 //! How work is run: instruction set, precision, threads and scratch memory, passed explicitly to every call.
 
-use crate::error::{Error, Result};
+#[cfg(feature = "std")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::scratch::{Block, Cut, bytes_of};
 use crate::simd::{Backend, Isa, Task, backend};
 use core::fmt;
