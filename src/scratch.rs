@@ -14,6 +14,7 @@ impl Block {
         Self(AVec::new(ALIGN))
     }
 
+    #[cfg(feature = "std")] // without it, no block is kept
     pub(crate) fn bytes(&self) -> usize {
         self.0.len()
     }
