@@ -22,7 +22,7 @@ pub struct Advance<'a, 'w, B: Backend, E> {
     pub rows: usize,
     /// Buffers.
     pub work: &'w mut Workspace<'a, B>,
-    /// As [`Scores`] left them.
+    /// As [`Scores`](super::Scores) left them.
     pub scores: &'w [f32],
     /// Distance between their rows.
     pub stride: usize,

@@ -10,7 +10,7 @@ pub struct ToPanels<'a> {
     pub state: &'a [f32],
     /// Columns.
     pub dv: usize,
-    /// [`ChunkShape::state_len`] floats.
+    /// [`ChunkShape::state_len`](super::ChunkShape::state_len) floats.
     pub panels: &'a mut [f32],
 }
 
@@ -35,7 +35,7 @@ impl<B: Backend> Kernel<B> for ToPanels<'_> {
 /// The way back of [`ToPanels`], into a matrix that may have more columns.
 #[derive(Debug)]
 pub struct FromPanels<'a> {
-    /// [`ChunkShape::state_len`] floats.
+    /// [`ChunkShape::state_len`](super::ChunkShape::state_len) floats.
     pub panels: &'a [f32],
     /// `dk x dv`
     pub state: ViewMut<'a, f32, 2>,

@@ -18,7 +18,7 @@ pub struct Scores<'a, 'w, B: Backend, E> {
     pub rows: usize,
     /// Buffers.
     pub work: &'w mut Workspace<'a, B>,
-    /// `rows x rows` with rows [`ChunkShape::score_stride`] apart.
+    /// `rows x rows` with rows [`ChunkShape::score_stride`](super::ChunkShape::score_stride) apart.
     pub scores: &'w mut [f32],
     /// Distance between rows.
     pub stride: usize,
