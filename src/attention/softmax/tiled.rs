@@ -19,7 +19,7 @@ use crate::simd::{Backend, Kernel, Task};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Rows that share one pass over the keys.
-const SPAN: usize = 20 * ROWS;
+const SPAN: usize = 22 * ROWS;
 /// Up to this many rows per group of heads, keys are read as they lie: packing them would cost more.
 const FEW: usize = 8;
 
@@ -317,7 +317,7 @@ pub(super) fn run<E: Element>(
         lq.saturating_mul(heads / kv_heads.max(1)) <= FEW,
     );
     // Whole heads pack their keys once; queries can always be shared out evenly.
-    let even = |n: usize| n % threads == 0 || n >= 8 * threads;
+    let even = |n: usize| n.is_multiple_of(threads) || n >= 8 * threads;
     let axis = if even(kv_heads) {
         Axis::Heads
     } else if even(batch) || (few && batch > 1) {
