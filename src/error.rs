@@ -114,12 +114,7 @@ impl Error {
         expected: impl Display,
         got: impl Debug,
     ) -> Self {
-        Self::Shape {
-            op,
-            arg,
-            expected: expected.to_string(),
-            got: alloc::format!("{got:?}"),
-        }
+        Self::Shape { op, arg, expected: expected.to_string(), got: alloc::format!("{got:?}") }
     }
 
     /// A [`Error::Value`] from anything printable.
@@ -129,12 +124,7 @@ impl Error {
         expected: impl Display,
         got: impl Display,
     ) -> Self {
-        Self::Value {
-            op,
-            arg,
-            expected: expected.to_string(),
-            got: got.to_string(),
-        }
+        Self::Value { op, arg, expected: expected.to_string(), got: got.to_string() }
     }
 
     /// A [`Error::Layout`] from anything printable.
@@ -144,12 +134,7 @@ impl Error {
         expected: impl Display,
         got: impl Display,
     ) -> Self {
-        Self::Layout {
-            op,
-            arg,
-            expected: expected.to_string(),
-            got: got.to_string(),
-        }
+        Self::Layout { op, arg, expected: expected.to_string(), got: got.to_string() }
     }
 }
 
@@ -164,10 +149,5 @@ pub(crate) fn expect_shape<const N: usize>(
     if expected == got {
         return Ok(());
     }
-    Err(Error::shape(
-        op,
-        arg,
-        alloc::format!("{letters} = {expected:?}"),
-        got,
-    ))
+    Err(Error::shape(op, arg, alloc::format!("{letters} = {expected:?}"), got))
 }

@@ -1,8 +1,13 @@
-//! x
+#![doc = include_str!("../README.md")]
 #![cfg_attr(not(feature = "std"), no_std)]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
+
 extern crate alloc;
+
 pub mod attention;
 pub mod error;
+#[cfg(feature = "io")]
 pub mod io;
 pub mod kernels;
 pub mod layers;
@@ -11,6 +16,7 @@ pub mod runtime;
 pub mod scratch;
 pub mod simd;
 pub mod tensor;
+
 pub use error::{Error, Result};
 pub use runtime::{Precision, Runtime};
 pub use simd::Isa;

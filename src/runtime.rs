@@ -130,12 +130,7 @@ fn env_threads() -> Result<Option<usize>> {
     match std::env::var("LINATTN_NUM_THREADS") {
         Ok(n) if !n.is_empty() => match n.parse() {
             Ok(n) if n >= 1 => Ok(Some(n)),
-            _ => Err(Error::value(
-                "runtime",
-                "LINATTN_NUM_THREADS",
-                "a number of at least 1",
-                n,
-            )),
+            _ => Err(Error::value("runtime", "LINATTN_NUM_THREADS", "a number of at least 1", n)),
         },
         _ => Ok(None),
     }
@@ -275,7 +270,7 @@ impl Runtime {
     /// one.
     pub(crate) fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         #[cfg(feature = "parallel")]
-        if self.threads() > 1 {
+        if self.threads() > 1 && rayon::current_thread_index().is_none() {
             return rayon::join(work, || ()).0;
         }
         work()
@@ -304,10 +299,7 @@ impl Runtime {
     /// need no new memory after the first.
     #[cfg(feature = "std")]
     fn take_block(&self, bytes: usize) -> Block {
-        let mut kept = self
-            .blocks
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut kept = self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let order = |b: &Block| match b.bytes() {
             n if n >= bytes => (0, n),
             n => (1, usize::MAX - n),
@@ -318,10 +310,7 @@ impl Runtime {
 
     #[cfg(feature = "std")]
     fn keep_block(&self, block: Block) {
-        self.blocks
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .push(block);
+        self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(block);
     }
 
     #[cfg(not(feature = "std"))]
@@ -350,10 +339,8 @@ pub(crate) fn divide<J: Divide>(
     let mid = job.units() * left / parts;
     let (a, b) = job.split(mid);
     let near = Cut::new(scratch.take(left * bytes));
-    let (near, far) = (
-        || divide(a, left, near, bytes, work),
-        || divide(b, parts - left, scratch, bytes, work),
-    );
+    let (near, far) =
+        (|| divide(a, left, near, bytes, work), || divide(b, parts - left, scratch, bytes, work));
     #[cfg(feature = "parallel")]
     rayon::join(near, far);
     #[cfg(not(feature = "parallel"))]

@@ -23,10 +23,7 @@ impl Block {
         if bytes > self.0.len() {
             let more = bytes - self.0.len();
             if self.0.try_reserve_exact(more).is_err() {
-                return Err(Error::Alloc {
-                    op: "scratch",
-                    bytes,
-                });
+                return Err(Error::Alloc { op: "scratch", bytes });
             }
             self.0.resize(bytes, 0);
         }

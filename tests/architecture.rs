@@ -12,43 +12,15 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("scratch", &["error"]),
     ("runtime", &["error", "simd", "tensor", "scratch"]),
     ("kernels", &["simd", "tensor", "scratch"]),
-    (
-        "attention",
-        &["error", "simd", "tensor", "scratch", "runtime", "kernels"],
-    ),
-    (
-        "layers",
-        &[
-            "error",
-            "simd",
-            "tensor",
-            "scratch",
-            "runtime",
-            "kernels",
-            "attention",
-        ],
-    ),
+    ("attention", &["error", "simd", "tensor", "scratch", "runtime", "kernels"]),
+    ("layers", &["error", "simd", "tensor", "scratch", "runtime", "kernels", "attention"]),
     ("io", &["error", "tensor"]),
     // Of `attention`, models name states and slope schedules; they compute with layers.
-    (
-        "models",
-        &[
-            "error",
-            "tensor",
-            "scratch",
-            "runtime",
-            "attention",
-            "layers",
-            "io",
-        ],
-    ),
+    ("models", &["error", "tensor", "scratch", "runtime", "attention", "layers", "io"]),
 ];
 /// Where a word may stand: folders end with a slash.
 const PLACES: &[(&[&str], &[&str])] = &[
-    (
-        &["unsafe", "asm!", "target_feature"],
-        &["simd/", "tensor/view_mut.rs"],
-    ),
+    (&["unsafe", "asm!", "target_feature"], &["simd/", "tensor/view_mut.rs"]),
     // The runtime holds the one match over backends, which exist on their own architecture only.
     (&["target_arch"], &["simd/", "runtime.rs"]),
     (&["rayon"], &["runtime.rs"]),
@@ -63,11 +35,7 @@ fn the_house_rules_hold() {
     for path in files(&src) {
         let text = std::fs::read_to_string(&path).expect("a source file");
         let name = path.strip_prefix(&src).expect("a path below src");
-        check(
-            &name.to_string_lossy().replace('\\', "/"),
-            &text,
-            &mut faults,
-        );
+        check(&name.to_string_lossy().replace('\\', "/"), &text, &mut faults);
     }
     assert!(faults.is_empty(), "\n{faults}");
 }
@@ -79,8 +47,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     paths.sort();
     let below = |p: PathBuf| if p.is_dir() { files(&p) } else { vec![p] };
     let all = paths.into_iter().flat_map(below);
-    all.filter(|p| p.extension().is_some_and(|e| e == "rs"))
-        .collect()
+    all.filter(|p| p.extension().is_some_and(|e| e == "rs")).collect()
 }
 
 fn check(name: &str, text: &str, faults: &mut String) {
@@ -97,10 +64,7 @@ fn check(name: &str, text: &str, faults: &mut String) {
     }
     let lines: Vec<&str> = text.lines().collect();
     if lines.len() > LONGEST {
-        fault(
-            LONGEST,
-            &format!("{} lines, more than {LONGEST}", lines.len()),
-        );
+        fault(LONGEST, &format!("{} lines, more than {LONGEST}", lines.len()));
     }
     let (private, mut hidden) = (private_types(&lines), false);
     for (at, line) in lines.iter().enumerate() {
@@ -112,9 +76,7 @@ fn check(name: &str, text: &str, faults: &mut String) {
             }
         }
         for (words, places) in PLACES {
-            let here = places
-                .iter()
-                .any(|p| name == *p || p.ends_with('/') && name.starts_with(p));
+            let here = places.iter().any(|p| name == *p || p.ends_with('/') && name.starts_with(p));
             for word in words.iter().filter(|w| !here && holds(code, w)) {
                 fault(at, &format!("`{word}` belongs to {}", places.join(", ")));
             }
@@ -157,8 +119,7 @@ fn private_types<'a>(lines: &[&'a str]) -> Vec<&'a str> {
         let l = shared.fold(*l, |l, s| l.strip_prefix(s).unwrap_or(l));
         let kinds = ["struct ", "enum ", "trait "];
         let rest = kinds.iter().find_map(|k| l.strip_prefix(k))?;
-        rest.split(|c: char| !c.is_alphanumeric() && c != '_')
-            .next()
+        rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()
     };
     lines.iter().filter_map(inner).collect()
 }
@@ -183,7 +144,5 @@ fn is_public(code: &str) -> bool {
 fn is_documented(above: &[&str]) -> bool {
     let mut lines = above.iter().rev().map(|l| l.trim());
     let mut above = lines.find(|l| !l.starts_with("#[") && !l.ends_with(")]"));
-    above
-        .take_if(|l| l.starts_with("///") || l.starts_with("$(#[$"))
-        .is_some()
+    above.take_if(|l| l.starts_with("///") || l.starts_with("$(#[$")).is_some()
 }

@@ -28,10 +28,7 @@ fn refused<T>(what: &str, result: Result<T>, variant: &str, arg: &str) {
     let (got, op, named) = parts(&e);
     let message = e.to_string();
     assert_eq!((got, named.as_str()), (variant, arg), "{what}: {message}");
-    assert!(
-        message.contains(&op) && message.contains(&named),
-        "{message}"
-    );
+    assert!(message.contains(&op) && message.contains(&named), "{message}");
 }
 
 #[test]
@@ -43,18 +40,8 @@ fn views_prove_their_bounds() {
     refused("size", View::new(&data, [usize::MAX, 2]), "layout", "shape");
     refused("beyond the end", strided([3, 4], [5, 1]), "layout", "data");
     refused("inner", strided([3, 4], [4, 2]), "layout", "strides");
-    refused(
-        "huge",
-        strided([3, 4], [usize::MAX, 1]),
-        "layout",
-        "strides",
-    );
-    refused(
-        "huge sum",
-        strided([2, 4], [usize::MAX - 1, 1]),
-        "layout",
-        "strides",
-    );
+    refused("huge", strided([3, 4], [usize::MAX, 1]), "layout", "strides");
+    refused("huge sum", strided([2, 4], [usize::MAX - 1, 1]), "layout", "strides");
     let view = View::new(&data, [2, 3, 2]).expect("a view");
     refused("twice", view.permute([0, 0, 2]), "layout", "axes");
     refused("outside", view.permute([0, 1, 3]), "layout", "axes");
@@ -68,24 +55,9 @@ fn views_prove_their_bounds() {
 fn mutable_views_prove_that_elements_are_apart() {
     let mut data = [0.0f32; 24];
     let mut strided = |shape, strides| ViewMut::with_strides(&mut data, shape, strides).map(drop);
-    refused(
-        "repeated",
-        strided([2, 3, 4], [0, 4, 1]),
-        "layout",
-        "strides",
-    );
-    refused(
-        "overlap",
-        strided([2, 3, 4], [3, 6, 1]),
-        "layout",
-        "strides",
-    );
-    refused(
-        "interleaved",
-        strided([2, 3, 4], [4, 4, 1]),
-        "layout",
-        "strides",
-    );
+    refused("repeated", strided([2, 3, 4], [0, 4, 1]), "layout", "strides");
+    refused("overlap", strided([2, 3, 4], [3, 6, 1]), "layout", "strides");
+    refused("interleaved", strided([2, 3, 4], [4, 4, 1]), "layout", "strides");
     refused("beyond", strided([2, 3, 4], [13, 4, 1]), "layout", "data");
     assert!(strided([2, 3, 4], [4, 8, 1]).is_ok());
     assert!(strided([1, 3, 4], [0, 8, 1]).is_ok());
@@ -99,18 +71,8 @@ fn tensors_of_impossible_sizes_are_refused() {
     refused("bytes beyond isize", bytes, "layout", "shape");
     let len = isize::MAX as usize / 8;
     let memory = Tensor::<1>::zeros([len]);
-    refused(
-        "more than there is",
-        memory,
-        "alloc",
-        &(len * 4).to_string(),
-    );
-    refused(
-        "wrong length",
-        Tensor::from_slice(&[1.0f32; 5], [2, 3]),
-        "layout",
-        "data",
-    );
+    refused("more than there is", memory, "alloc", &(len * 4).to_string());
+    refused("wrong length", Tensor::from_slice(&[1.0f32; 5], [2, 3]), "layout", "data");
 }
 
 #[test]
@@ -118,12 +80,7 @@ fn settings_are_checked() {
     let new = LightningAttention::new;
     refused("NaN slope", new(&[0.5, f64::NAN]), "value", "slopes");
     refused("growth", new(&[-0.5]), "value", "slopes");
-    refused(
-        "growth without end",
-        new(&[f64::NEG_INFINITY]),
-        "value",
-        "slopes",
-    );
+    refused("growth without end", new(&[f64::NEG_INFINITY]), "value", "slopes");
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let scaled = new(&[0.5]).and_then(|op| op.with_scale(scale));
         refused("scale", scaled, "value", "scale");
@@ -167,11 +124,8 @@ fn call(shapes: Shapes, seen: usize, borders: Option<&[usize]>) -> Result<()> {
     let mut out = vec![7.0f32; len(shapes[3])];
     let kv = vec![3.0f32; len(shapes[4])];
     let mut state = State::from_slice(&kv, shapes[4], seen).expect("a state");
-    let (q, k, v) = (
-        View::new(&q, shapes[0])?,
-        View::new(&k, shapes[1])?,
-        View::new(&v, shapes[2])?,
-    );
+    let (q, k, v) =
+        (View::new(&q, shapes[0])?, View::new(&k, shapes[1])?, View::new(&v, shapes[2])?);
     let target = ViewMut::new(&mut out, shapes[3])?;
     let result = match borders {
         None => op.forward(&rt, q, k, v, target, &mut state),
@@ -179,11 +133,7 @@ fn call(shapes: Shapes, seen: usize, borders: Option<&[usize]>) -> Result<()> {
     };
     if result.is_err() {
         assert!(out.iter().all(|x| *x == 7.0), "the output was touched");
-        assert_eq!(
-            state.view().as_slice(),
-            Some(&kv[..]),
-            "the state was touched"
-        );
+        assert_eq!(state.view().as_slice(), Some(&kv[..]), "the state was touched");
         assert_eq!(state.len(), seen, "the count was touched");
     }
     result
@@ -246,13 +196,7 @@ fn packed_calls_are_checked() {
 
 #[test]
 fn empty_calls_are_no_fault() {
-    for (b, n, dk, dv) in [
-        (0, 9, 5, 7),
-        (2, 0, 5, 7),
-        (2, 9, 0, 7),
-        (2, 9, 5, 0),
-        (0, 0, 0, 0),
-    ] {
+    for (b, n, dk, dv) in [(0, 9, 5, 7), (2, 0, 5, 7), (2, 9, 0, 7), (2, 9, 5, 0), (0, 0, 0, 0)] {
         let (qk, v) = ([b, n, 2, dk], [b, n, 2, dv]);
         call([qk, qk, v, v, [b, 2, dk, dv]], 0, None).expect("an empty call");
     }
@@ -265,12 +209,7 @@ fn the_environment_is_checked() {
     let child = |name: &str, value: &str| {
         let me = std::env::current_exe().expect("this program");
         let run = std::process::Command::new(me)
-            .args([
-                "--exact",
-                "in_a_changed_environment",
-                "--ignored",
-                "--nocapture",
-            ])
+            .args(["--exact", "in_a_changed_environment", "--ignored", "--nocapture"])
             .env_remove("LINATTN_ISA")
             .env(name, value)
             .output();
@@ -280,16 +219,8 @@ fn the_environment_is_checked() {
         ("LINATTN_ISA", "portable", "built portable"),
         ("LINATTN_ISA", "pentium", "refused isa pentium"),
         ("LINATTN_ISA", "neon", "refused isa neon"),
-        (
-            "LINATTN_NUM_THREADS",
-            "0",
-            "refused value LINATTN_NUM_THREADS",
-        ),
-        (
-            "LINATTN_NUM_THREADS",
-            "many",
-            "refused value LINATTN_NUM_THREADS",
-        ),
+        ("LINATTN_NUM_THREADS", "0", "refused value LINATTN_NUM_THREADS"),
+        ("LINATTN_NUM_THREADS", "many", "refused value LINATTN_NUM_THREADS"),
         ("LINATTN_NUM_THREADS", "3", "with 3 threads"),
     ] {
         let said = child(name, value);

@@ -16,12 +16,8 @@ use support::{
 
 /// Relative L2 distance of a correct `f32` form from the definition.
 const F32: f64 = 3e-6;
-const MAPS: [FeatureMap; 4] = [
-    FeatureMap::Identity,
-    FeatureMap::Elu1,
-    FeatureMap::Relu,
-    FeatureMap::Silu,
-];
+const MAPS: [FeatureMap; 4] =
+    [FeatureMap::Identity, FeatureMap::Elu1, FeatureMap::Relu, FeatureMap::Silu];
 
 /// Arguments of a call; tensors are contiguous `[batch, heads, len, dim]`.
 #[derive(Clone, Debug)]
@@ -51,10 +47,7 @@ impl Problem {
     fn new([batch, heads, lq, lk, dk, dv]: [usize; 6], causal: bool, seed: u64) -> Self {
         let (mut rng, rows) = (Rng::new(seed), batch * heads);
         let start = normal(&mut rng, rows * dk * dv);
-        let sum: Vec<f32> = normal(&mut rng, rows * dk)
-            .iter()
-            .map(|x| x.abs() + 0.1)
-            .collect();
+        let sum: Vec<f32> = normal(&mut rng, rows * dk).iter().map(|x| x.abs() + 0.1).collect();
         Self {
             batch,
             heads,
@@ -76,17 +69,11 @@ impl Problem {
     /// Without a normaliser where it may cross zero.
     fn with_map(self, map: FeatureMap) -> Self {
         let signed = matches!(map, FeatureMap::Identity | FeatureMap::Silu);
-        Self {
-            map,
-            eps: if signed { None } else { Some(1e-6) },
-            ..self
-        }
+        Self { map, eps: if signed { None } else { Some(1e-6) }, ..self }
     }
 
     fn op(&self) -> LinearAttention {
-        let op = LinearAttention::new(self.map)
-            .with_eps(self.eps)
-            .expect("eps");
+        let op = LinearAttention::new(self.map).with_eps(self.eps).expect("eps");
         let op = op.with_scale(Scale::Value(self.scale)).expect("scale");
         if self.causal { op.causal() } else { op }
     }
@@ -107,10 +94,7 @@ impl Problem {
     fn naive(&self) -> Results<f64> {
         let Problem { dk, dv, lq, lk, .. } = *self;
         let start = self.begin();
-        let (mut kv, mut z) = (
-            widen(start.kv().as_slice().unwrap_or(&[])),
-            widen(start.z()),
-        );
+        let (mut kv, mut z) = (widen(start.kv().as_slice().unwrap_or(&[])), widen(start.z()));
         let terms = Terms {
             map: self.map,
             causal: self.causal,
@@ -135,15 +119,7 @@ impl Problem {
 
     /// Feeds rows in parts that end at `borders` (and at the end).
     fn run_parts<E: Element>(&self, rt: &Runtime, borders: &[usize]) -> Results<f32> {
-        let Problem {
-            batch,
-            heads,
-            lq,
-            lk,
-            dk,
-            dv,
-            ..
-        } = *self;
+        let Problem { batch, heads, lq, lk, dk, dv, .. } = *self;
         let round = |x: &[f32]| -> Vec<E> { x.iter().map(|x| E::from_f32(*x)).collect() };
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| round(x));
         let mut out = vec![E::from_f32(f32::NAN); batch * heads * lq * dv];
@@ -154,29 +130,16 @@ impl Problem {
         let v = heads_first(&v, [batch, heads, lk, dv]);
         let mut from = 0;
         for to in borders.iter().copied().chain([lq]) {
-            let [q, k, v] = if self.causal {
-                [q, k, v].map(|x| x.slice(1, from, to))
-            } else {
-                [q, k, v]
-            };
+            let [q, k, v] =
+                if self.causal { [q, k, v].map(|x| x.slice(1, from, to)) } else { [q, k, v] };
             let out = target.reborrow();
-            let out = if self.causal {
-                out.slice(1, from, to)
-            } else {
-                out
-            };
-            self.op()
-                .forward(rt, q, k, v, out, Some(&mut state))
-                .expect("valid arguments");
+            let out = if self.causal { out.slice(1, from, to) } else { out };
+            self.op().forward(rt, q, k, v, out, Some(&mut state)).expect("valid arguments");
             from = to;
         }
         assert_eq!(state.len(), lk);
         let kv = state.kv().as_slice().unwrap_or(&[]).to_vec();
-        [
-            out.iter().map(|x| x.to_f32()).collect(),
-            kv,
-            state.z().to_vec(),
-        ]
+        [out.iter().map(|x| x.to_f32()).collect(), kv, state.z().to_vec()]
     }
 
     fn run(&self, rt: &Runtime) -> Results<f32> {
@@ -184,17 +147,7 @@ impl Problem {
     }
 
     fn describe(&self) -> String {
-        let Problem {
-            batch,
-            heads,
-            lq,
-            lk,
-            dk,
-            dv,
-            map,
-            causal,
-            ..
-        } = self;
+        let Problem { batch, heads, lq, lk, dk, dv, map, causal, .. } = self;
         format!("[{batch}, {heads}], {lq} x {lk}, {dk} -> {dv}, {map:?}, causal: {causal}")
     }
 }
@@ -204,12 +157,7 @@ fn agrees(p: &Problem, rt: &Runtime) {
     let (got, want) = (p.run(rt), p.naive());
     for (name, (got, want)) in ["out", "S", "z"].iter().zip(got.iter().zip(&want)) {
         let err = rel_err(got, want);
-        assert!(
-            err <= F32,
-            "{} on {}: {name} off by {err:.2e}",
-            p.describe(),
-            rt.kernel()
-        );
+        assert!(err <= F32, "{} on {}: {name} off by {err:.2e}", p.describe(), rt.kernel());
     }
 }
 
@@ -233,24 +181,10 @@ fn every_feature_map() {
             for map in MAPS {
                 let p = Problem::new([2, 2, lq, 200, 24, 36], causal, 3).with_map(map);
                 agrees(&p, &rt);
-                agrees(
-                    &Problem {
-                        eps: None,
-                        scale: -0.3,
-                        ..p.clone()
-                    },
-                    &rt,
-                );
+                agrees(&Problem { eps: None, scale: -0.3, ..p.clone() }, &rt);
                 let positive = matches!(map, FeatureMap::Elu1 | FeatureMap::Relu);
                 if positive {
-                    agrees(
-                        &Problem {
-                            eps: Some(0.5),
-                            scale: 0.3,
-                            ..p.clone()
-                        },
-                        &rt,
-                    );
+                    agrees(&Problem { eps: Some(0.5), scale: 0.3, ..p.clone() }, &rt);
                 }
             }
         }
@@ -263,14 +197,8 @@ fn every_length_around_a_chunk() {
         let rt = runtime(isa);
         for len in (1..=9).chain([15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 95, 96, 97, 200]) {
             agrees(&Problem::new([2, 2, len, 0, 20, 12], true, len as u64), &rt);
-            agrees(
-                &Problem::new([2, 2, len, 13, 20, 12], false, len as u64),
-                &rt,
-            );
-            agrees(
-                &Problem::new([2, 2, 13, len, 20, 12], false, len as u64),
-                &rt,
-            );
+            agrees(&Problem::new([2, 2, len, 13, 20, 12], false, len as u64), &rt);
+            agrees(&Problem::new([2, 2, 13, len, 20, 12], false, len as u64), &rt);
         }
     }
 }
@@ -297,10 +225,7 @@ fn without_a_state_sums_begin_at_zero() {
     for isa in isas() {
         let rt = runtime(isa);
         for (lq, causal) in [(2, true), (70, true), (70, false)] {
-            let p = Problem {
-                start: None,
-                ..Problem::new([2, 3, lq, 80, 24, 40], causal, 5)
-            };
+            let p = Problem { start: None, ..Problem::new([2, 3, lq, 80, 24, 40], causal, 5) };
             let shape = [2, 3, lq, 40];
             let mut out = vec![f32::NAN; shape.iter().product()];
             let op = p.op();
@@ -340,10 +265,7 @@ fn what_is_not_finite_reaches_only_later_rows() {
                         let err = rel_err(got, &widen(want));
                         assert!(err <= 1e-5, "{isa}: argument {arg}, row {r}: {err:.2e}");
                     } else if poison.is_nan() {
-                        assert!(
-                            got[0].is_nan(),
-                            "{isa}: argument {arg}, row {r} hides a NaN"
-                        );
+                        assert!(got[0].is_nan(), "{isa}: argument {arg}, row {r} hides a NaN");
                     }
                     if arg == 2 && r < n {
                         let err = rel_err(&got[1..], &widen(&want[1..]));
@@ -425,8 +347,7 @@ fn strides_do_not_matter() {
             let target = ViewMut::with_strides(&mut out, [b, n, h, dv], strides(dv));
             let (mut state, op) = (p.begin(), p.op());
             let [q, k, v] = [view(&q, dk), view(&k, dk), view(&v, dv)];
-            op.forward(&rt, q, k, v, target.expect("a view"), Some(&mut state))
-                .expect("valid");
+            op.forward(&rt, q, k, v, target.expect("a view"), Some(&mut state)).expect("valid");
             let want = spread(&want, dv);
             for (got, want) in out.iter().zip(&want) {
                 assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan());
@@ -452,10 +373,7 @@ fn empty_shapes_are_fine() {
         }
     }
     for causal in [false, true] {
-        let p = Problem {
-            start: None,
-            ..Problem::new([1, 2, 5, 5, 0, 8], causal, 11)
-        };
+        let p = Problem { start: None, ..Problem::new([1, 2, 5, 5, 0, 8], causal, 11) };
         assert!(p.run(&rt)[0].iter().all(|x| *x == 0.0));
     }
 }
@@ -477,20 +395,12 @@ fn refusals_name_the_argument() {
             LinearState::from_slices(&[3.0; 96], &[3.0; 16], [1, 2, 8, 6], 4).expect("a state");
         let target = ViewMut::new(&mut out, o).expect("a view");
         let got = op.forward(&rt, view(q), view(k), view(v), target, Some(&mut state));
-        let Err(Error::Shape {
-            op: "linear attention",
-            arg,
-            ..
-        }) = got
-        else {
+        let Err(Error::Shape { op: "linear attention", arg, .. }) = got else {
             panic!("{shapes:?}: {got:?}")
         };
         assert_eq!(arg, name);
         assert!(out.iter().all(|x| *x == 7.0), "a refused call wrote");
-        assert!(
-            state.z().iter().all(|x| *x == 3.0) && state.len() == 4,
-            "a refused call wrote"
-        );
+        assert!(state.z().iter().all(|x| *x == 3.0) && state.len() == 4, "a refused call wrote");
     };
     refuse(op, 1, [1, 5, 3, 8], "k");
     refuse(op, 1, [2, 5, 2, 8], "k");
@@ -502,23 +412,11 @@ fn refusals_name_the_argument() {
     let mut state = LinearState::new(1, 2, 8, 7).expect("a state");
     let mut out = vec![7.0f32; 36];
     let target = ViewMut::new(&mut out, good[3]).expect("a view");
-    let got = op.forward(
-        &rt,
-        view(good[0]),
-        view(good[1]),
-        view(good[2]),
-        target,
-        Some(&mut state),
-    );
-    assert!(
-        matches!(got, Err(Error::Shape { arg: "state", .. })),
-        "{got:?}"
-    );
+    let got =
+        op.forward(&rt, view(good[0]), view(good[1]), view(good[2]), target, Some(&mut state));
+    assert!(matches!(got, Err(Error::Shape { arg: "state", .. })), "{got:?}");
     for eps in [f32::NAN, f32::INFINITY, -1e-6, 1e-40] {
-        assert!(matches!(
-            op.with_eps(Some(eps)),
-            Err(Error::Value { arg: "eps", .. })
-        ));
+        assert!(matches!(op.with_eps(Some(eps)), Err(Error::Value { arg: "eps", .. })));
     }
     for scale in [f32::NAN, f32::INFINITY] {
         let got = op.with_scale(Scale::Value(scale));
@@ -530,10 +428,7 @@ fn refusals_name_the_argument() {
 fn states_are_values() {
     let mut state =
         LinearState::from_slices(&[1.0; 24], &[1.0; 6], [1, 2, 3, 4], 9).expect("a state");
-    assert_eq!(
-        (state.len(), state.bytes(), state.shape()),
-        (9, 120, [1, 2, 3, 4])
-    );
+    assert_eq!((state.len(), state.bytes(), state.shape()), (9, 120, [1, 2, 3, 4]));
     let copy = state.clone();
     state.reset();
     assert!(state.is_empty() && state.z().iter().all(|x| *x == 0.0));

@@ -161,17 +161,7 @@ impl Problem {
     }
 
     fn describe(&self) -> String {
-        let Problem {
-            batch,
-            lq,
-            lk,
-            heads,
-            kv_heads,
-            dk,
-            dv,
-            mask,
-            ..
-        } = self;
+        let Problem { batch, lq, lk, heads, kv_heads, dk, dv, mask, .. } = self;
         format!("batch {batch}, {lq} x {lk}, heads {heads}/{kv_heads}, {dk} -> {dv}, {mask:?}")
     }
 }
@@ -179,12 +169,7 @@ impl Problem {
 #[track_caller]
 fn agrees(p: &Problem, rt: &Runtime) {
     let err = rel_err(&p.run(rt), &p.naive());
-    assert!(
-        err <= F32,
-        "{} on {}: off by {err:.2e}",
-        p.describe(),
-        rt.kernel()
-    );
+    assert!(err <= F32, "{} on {}: off by {err:.2e}", p.describe(), rt.kernel());
 }
 
 #[test]
@@ -196,14 +181,8 @@ fn shapes_of_real_models() {
                 // More than four blocks of keys and a tail.
                 agrees(&Problem::new([1, 1045, 1045, 1, 1, dk, dv], mask, 1), &rt);
             }
-            agrees(
-                &Problem::new([2, 70, 300, 4, 2, dk, dv], Mask::CausalEnd, 2),
-                &rt,
-            );
-            agrees(
-                &Problem::new([1, 1, 1045, 4, 2, dk, dv], Mask::CausalEnd, 3),
-                &rt,
-            );
+            agrees(&Problem::new([2, 70, 300, 4, 2, dk, dv], Mask::CausalEnd, 2), &rt);
+            agrees(&Problem::new([1, 1, 1045, 4, 2, dk, dv], Mask::CausalEnd, 3), &rt);
         }
     }
 }
@@ -213,12 +192,7 @@ fn masks_and_biases() {
     for isa in isas() {
         let rt = runtime(isa);
         for lq in [1, 5, 100] {
-            for mask in [
-                Mask::Full,
-                Mask::Causal,
-                Mask::CausalOffset(-7),
-                Mask::CausalEnd,
-            ] {
+            for mask in [Mask::Full, Mask::Causal, Mask::CausalOffset(-7), Mask::CausalEnd] {
                 let p = Problem::new([2, lq, 300, 4, 2, 24, 20], mask, 4);
                 agrees(&p.clone().with_key_mask(5), &rt);
                 agrees(&p.clone().with_bias(6), &rt);
@@ -240,22 +214,13 @@ fn rows_without_keys_are_zero() {
                 assert!(row.iter().all(|x| x.to_bits() == 0), "{isa}: {row:?}");
             }
             for mask in [isize::MIN, -(lq as isize)] {
-                let p = Problem {
-                    mask: Mask::CausalOffset(mask),
-                    ..p.clone()
-                };
+                let p = Problem { mask: Mask::CausalOffset(mask), ..p.clone() };
                 assert!(p.run(&rt).iter().all(|x| x.to_bits() == 0), "{isa}");
             }
-            let p = Problem {
-                key_mask: Some(vec![false; 30]),
-                ..p
-            };
+            let p = Problem { key_mask: Some(vec![false; 30]), ..p };
             assert!(p.run(&rt).iter().all(|x| x.to_bits() == 0), "{isa}");
-            let p = Problem {
-                bias: Some(vec![f32::NEG_INFINITY; 2 * lq * 30]),
-                key_mask: None,
-                ..p
-            };
+            let p =
+                Problem { bias: Some(vec![f32::NEG_INFINITY; 2 * lq * 30]), key_mask: None, ..p };
             assert!(p.run(&rt).iter().all(|x| x.to_bits() == 0), "{isa}");
             let none = Problem::new([1, lq, 0, 2, 1, 16, 24], Mask::Full, 9);
             assert!(none.run(&rt).iter().all(|x| x.to_bits() == 0), "{isa}");
@@ -283,8 +248,7 @@ fn hidden_keys_are_not_looked_at() {
             // The same through a bias.
             let mut p = Problem::new([1, lq, 280, 1, 1, 20, 40], Mask::Full, 12);
             let mut bias = vec![0.0; lq * 280];
-            bias.chunks_mut(280)
-                .for_each(|row| row[270] = f32::NEG_INFINITY);
+            bias.chunks_mut(280).for_each(|row| row[270] = f32::NEG_INFINITY);
             p.bias = Some(bias);
             let want = p.run(&rt);
             p.k[270 * 20..][..20].fill(f32::NAN);
@@ -366,11 +330,9 @@ fn half_precision_tensors() {
 #[test]
 fn threads_and_strides_do_not_matter() {
     for isa in isas() {
-        for dims in [
-            [1, 700, 600, 1, 1, 64, 64],
-            [1, 300, 300, 6, 3, 64, 40],
-            [3, 2, 900, 4, 2, 64, 64],
-        ] {
+        for dims in
+            [[1, 700, 600, 1, 1, 64, 64], [1, 300, 300, 6, 3, 64, 40], [3, 2, 900, 4, 2, 64, 64]]
+        {
             for mask in [Mask::Full, Mask::CausalEnd] {
                 let p = Problem::new(dims, mask, 17).with_bias(18).with_key_mask(19);
                 let want = p.run(&with_threads(isa, Some(1)));
@@ -429,12 +391,7 @@ fn refusals_name_the_argument() {
         let mut out = vec![7.0f32; o.iter().product()];
         let target = ViewMut::new(&mut out, o).expect("a view");
         let got = SoftmaxAttention::new().forward(&rt, view(q), view(k), view(v), target);
-        let Err(Error::Shape {
-            op: "softmax attention",
-            arg,
-            ..
-        }) = got
-        else {
+        let Err(Error::Shape { op: "softmax attention", arg, .. }) = got else {
             panic!("{shapes:?}: {got:?}")
         };
         assert_eq!(arg, name);
@@ -458,10 +415,7 @@ fn refusals_name_the_argument() {
     let extras = [
         (
             "key_mask",
-            Extra {
-                key_mask: Some(View::new(&short, [1, 4]).expect("a mask")),
-                bias: None,
-            },
+            Extra { key_mask: Some(View::new(&short, [1, 4]).expect("a mask")), bias: None },
         ),
         (
             "bias",
@@ -475,10 +429,7 @@ fn refusals_name_the_argument() {
         let target = ViewMut::new(&mut out, o).expect("a view");
         let got =
             SoftmaxAttention::new().forward_with(&rt, view(q), view(k), view(v), target, extra);
-        assert!(
-            matches!(got, Err(Error::Shape { arg, .. }) if arg == name),
-            "{got:?}"
-        );
+        assert!(matches!(got, Err(Error::Shape { arg, .. }) if arg == name), "{got:?}");
     }
     assert!(out.iter().all(|x| *x == 7.0), "a refused call wrote");
 }

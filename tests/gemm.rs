@@ -170,21 +170,9 @@ impl Task for Run<'_> {
         if p.packed {
             let dst: &mut [<B::T as Tiles>::Elem] = scratch.take(right_len(k, n));
             let src = right;
-            b.call(Pack {
-                src,
-                k,
-                n,
-                dst: &mut *dst,
-            });
+            b.call(Pack { src, k, n, dst: &mut *dst });
             let right = Right::packed(&*dst, k);
-            let product = Gemm {
-                m,
-                k,
-                n,
-                left,
-                right,
-                store,
-            };
+            let product = Gemm { m, k, n, left, right, store };
             gemm(b, product, &mut scratch);
         } else {
             matmul(b, [m, k, n], left, right, store, &mut scratch);
@@ -205,10 +193,7 @@ fn agrees(p: &Problem) {
         let size = [p.m, p.k, p.n];
         assert!(err <= F32, "{size:?} on {name} is off by {err:.2e}: {p:?}");
         let gaps = rows().flat_map(|r| &r[p.n..]);
-        assert!(
-            gaps.into_iter().all(|x| *x == MARK),
-            "{size:?}: a gap, {name}"
-        );
+        assert!(gaps.into_iter().all(|x| *x == MARK), "{size:?}: a gap, {name}");
     }
 }
 

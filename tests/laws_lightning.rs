@@ -126,11 +126,7 @@ fn a_token_changes_nothing_before_it() {
                 x[row.clone()].iter_mut().for_each(|x| *x = 3.0 - *x);
             }
             let (out, _) = changed.run(&rt);
-            assert_eq!(
-                bits(&out[..row.start]),
-                bits(&want[..row.start]),
-                "{isa}, {t}"
-            );
+            assert_eq!(bits(&out[..row.start]), bits(&want[..row.start]), "{isa}, {t}");
             assert_ne!(bits(&out[row.clone()]), bits(&want[row]), "{isa}, {t}");
         }
     }
@@ -172,9 +168,7 @@ fn poison_spreads_forward_only() {
                     assert_eq!(bits(later), bits(&good[(t + 1) * d..]), "{what}: later");
                     assert_eq!(bits(&state), bits(&want_state), "{what}: state");
                 } else {
-                    let lost = later
-                        .chunks_exact(d)
-                        .filter(|r| r.iter().all(|x| x.is_finite()));
+                    let lost = later.chunks_exact(d).filter(|r| r.iter().all(|x| x.is_finite()));
                     assert_eq!(lost.count(), 0, "{what}: it was forgotten");
                 }
             }

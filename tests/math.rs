@@ -43,23 +43,13 @@ function!(Exp, exp, 2.0, [-87.33654, 88.72283, 88.72284], f64::exp);
 function!(Ln, ln, 2.0, [FRAC_1_SQRT_2, 1.0, SQRT_2], f64::ln);
 function!(Tanh, tanh, 2.0, [0.55, 9.02], f64::tanh);
 function!(Erf, erf, 2.0, [0.85, 4.0], libm::erf);
-function!(Sigmoid, sigmoid, 2.0, [-87.33654, -64.0, 64.0], |x: f64| {
-    1.0 / (1.0 + (-x).exp())
-});
+function!(Sigmoid, sigmoid, 2.0, [-87.33654, -64.0, 64.0], |x: f64| { 1.0 / (1.0 + (-x).exp()) });
 function!(Silu, silu, 2.0, [-91.85677, -64.0, 64.0], |x: f64| {
-    if x == f64::NEG_INFINITY {
-        0.0
-    } else {
-        x / (1.0 + (-x).exp())
-    }
+    if x == f64::NEG_INFINITY { 0.0 } else { x / (1.0 + (-x).exp()) }
 });
 function!(Gelu, gelu, 4.0, [-13.146247, 13.146247], |x: f64| {
     let tail = libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
-    if x == f64::NEG_INFINITY {
-        0.0
-    } else {
-        0.5 * x * tail
-    }
+    if x == f64::NEG_INFINITY { 0.0 } else { 0.5 * x * tail }
 });
 
 /// `y = F(x)` as one kernel.
@@ -93,11 +83,7 @@ fn runtimes() -> Vec<Runtime> {
     let all: Vec<_> = Isa::detected()
         .map(|isa| {
             let rt = Runtime::builder().isa(isa).threads(1).build().unwrap();
-            assert_eq!(
-                rt.isa(),
-                isa,
-                "the runtime does not run the forced instruction set"
-            );
+            assert_eq!(rt.isa(), isa, "the runtime does not run the forced instruction set");
             rt
         })
         .collect();
@@ -247,11 +233,7 @@ tests! {
 
 fn values<F: Function>(function: F, rt: &Runtime, x: &[f32]) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len()];
-    rt.run(Apply {
-        function,
-        x,
-        y: &mut y,
-    });
+    rt.run(Apply { function, x, y: &mut y });
     y
 }
 
@@ -262,26 +244,16 @@ fn limits_and_zeros_are_exact() {
         let isa = rt.isa();
         let ends = [-INF, INF, 0.0];
         assert_eq!(values(Exp, &rt, &ends), [0.0, INF, 1.0], "exp on {isa}");
-        assert_eq!(
-            values(Sigmoid, &rt, &ends),
-            [0.0, 1.0, 0.5],
-            "sigmoid on {isa}"
-        );
+        assert_eq!(values(Sigmoid, &rt, &ends), [0.0, 1.0, 0.5], "sigmoid on {isa}");
         assert_eq!(values(Silu, &rt, &ends), [0.0, INF, 0.0], "silu on {isa}");
         assert_eq!(values(Gelu, &rt, &ends), [0.0, INF, 0.0], "gelu on {isa}");
         assert_eq!(values(Tanh, &rt, &ends), [-1.0, 1.0, 0.0], "tanh on {isa}");
         assert_eq!(values(Erf, &rt, &ends), [-1.0, 1.0, 0.0], "erf on {isa}");
         let ln = values(Ln, &rt, &[0.0, -0.0, 1.0, INF, -INF, -1e-45]);
         assert_eq!(ln[..4], [-INF, -INF, 0.0, INF], "ln on {isa}");
-        assert!(
-            ln[4..].iter().all(|y| y.is_nan()),
-            "ln below zero on {isa}: {ln:?}"
-        );
+        assert!(ln[4..].iter().all(|y| y.is_nan()), "ln below zero on {isa}: {ln:?}");
         let odd = [values(Tanh, &rt, &[-0.0]), values(Erf, &rt, &[-0.0])].concat();
-        assert!(
-            odd.iter().all(|y| y.is_sign_negative()),
-            "tanh or erf of -0 on {isa}"
-        );
+        assert!(odd.iter().all(|y| y.is_sign_negative()), "tanh or erf of -0 on {isa}");
     }
 }
 
@@ -291,12 +263,7 @@ fn nan_stays_nan() {
     fn check<F: Function>(function: F, rt: &Runtime, x: &[f32]) {
         let y = values(function, rt, x);
         let lost = x.iter().zip(&y).find(|(_, y)| !y.is_nan());
-        assert!(
-            lost.is_none(),
-            "{} on {}: NaN became {lost:?}",
-            F::NAME,
-            rt.isa()
-        );
+        assert!(lost.is_none(), "{} on {}: NaN became {lost:?}", F::NAME, rt.isa());
     }
     let payloads = (0..23).flat_map(|i| [1 << i, (1 << i) - 1, 0x7f_ffff >> i]);
     let x: Vec<f32> = payloads
@@ -352,12 +319,7 @@ fn check_angles<F: Function>(function: F, x: &[f32]) {
         let (mut worst, mut at) = (0.0, 0.0);
         for (&x, y) in x.iter().zip(values(function, &rt, x)) {
             let error = (f64::from(y) - F::exact(f64::from(x))).abs();
-            assert!(
-                !error.is_nan(),
-                "{} of {x:e} on {} is NaN",
-                F::NAME,
-                rt.isa()
-            );
+            assert!(!error.is_nan(), "{} of {x:e} on {} is NaN", F::NAME, rt.isa());
             if error > worst {
                 (worst, at) = (error, x);
             }
@@ -376,9 +338,7 @@ fn check_angles<F: Function>(function: F, x: &[f32]) {
 fn sin_and_cos_are_within_2_pow_minus_23() {
     let pi = std::f32::consts::PI;
     let steps = 1 << 20;
-    let mut x: Vec<f32> = (-steps..=steps)
-        .map(|i| i as f32 / steps as f32 * pi)
-        .collect();
+    let mut x: Vec<f32> = (-steps..=steps).map(|i| i as f32 / steps as f32 * pi).collect();
     let seams = (0..=8).map(|i| (i as f32 * 0.25 * pi - pi).to_bits());
     let binades = (0..128).map(|e| e << 23);
     x.extend(
@@ -403,19 +363,13 @@ fn reduce_angle_keeps_sin_and_cos() {
         assert!(r.abs() <= std::f32::consts::PI, "reduce_angle({a}) = {r}");
         let (sin, cos) = f64::from(r).sin_cos();
         let error = (sin - a.sin()).abs().max((cos - a.cos()).abs());
-        assert!(
-            error <= limit,
-            "reduce_angle({a}) = {r}: sin or cos off by {error:e}"
-        );
+        assert!(error <= limit, "reduce_angle({a}) = {r}: sin or cos off by {error:e}");
     }
     for n in [0, 1, 2, 3, 1_000_001] {
         let a = PI * f64::from(n);
         let r = f64::from(reduce_angle(a));
         let turns = (a - r) / (2.0 * PI);
-        assert!(
-            (turns - turns.round()).abs() < 1e-7,
-            "reduce_angle({a}) = {r}"
-        );
+        assert!((turns - turns.round()).abs() < 1e-7, "reduce_angle({a}) = {r}");
     }
     for a in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         assert!(reduce_angle(a).is_nan(), "reduce_angle({a}) is a number");

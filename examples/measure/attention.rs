@@ -2,8 +2,10 @@
 
 use crate::{Args, Dtype, Layout, Outcome, timing};
 use half::bf16;
-use linattn::attention::State;
 use linattn::attention::lightning::{LightningAttention, naive};
+use linattn::attention::linear::{self, FeatureMap, LinearAttention};
+use linattn::attention::softmax::{self, SoftmaxAttention};
+use linattn::attention::{Mask, State};
 use linattn::tensor::{Element, Rng, Tensor, View, ViewMut};
 use linattn::{Result, Runtime};
 
@@ -19,13 +21,7 @@ struct Case<E: Element> {
 impl<E: Element> Case<E> {
     /// Normal inputs, queries scaled by `dim^-1/2`.
     fn new(args: &Args) -> Result<Self> {
-        let Args {
-            batch,
-            n,
-            heads,
-            dim,
-            ..
-        } = *args;
+        let Args { batch, n, heads, dim, .. } = *args;
         let dv = args.dv.unwrap_or(dim);
         let mut rng = Rng::new(args.seed);
         let mut make = |width, scale: f32| {
@@ -50,10 +46,7 @@ impl<E: Element> Case<E> {
     }
 
     fn views(&mut self) -> ([View<'_, E, 4>; 3], ViewMut<'_, E, 4>) {
-        let (views, out) = (
-            [self.q.view(), self.k.view(), self.v.view()],
-            self.out.view_mut(),
-        );
+        let (views, out) = ([self.q.view(), self.k.view(), self.v.view()], self.out.view_mut());
         match self.layout {
             Layout::Bthd => (views, out),
             Layout::Bhtd => {
@@ -66,13 +59,29 @@ impl<E: Element> Case<E> {
         }
     }
 
+    /// Relative error and tolerance against a definition that is given one head at a time.
+    fn error(
+        &mut self,
+        args: &Args,
+        definition: impl Fn(usize, &[f64], &[f64], &[f64]) -> Vec<f64>,
+    ) -> (f64, f64) {
+        let ([q, k, v], mut out) = self.views();
+        let [batch, n, heads, _] = q.shape();
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+            let [q, k, v] = [q, k, v].map(|x| Self::head(x, b, h));
+            want.extend(definition(h, &q, &k, &v));
+            for t in 0..n {
+                got.extend(out.row_mut([b, t, h, 0]).iter().map(|x| x.to_f32()));
+            }
+        }
+        (timing::relative(&got, &want), tolerance(args.dtype))
+    }
+
     /// One head as `f64`.
     fn head(view: View<'_, E, 4>, b: usize, h: usize) -> Vec<f64> {
         let [_, n, ..] = view.shape();
-        (0..n)
-            .flat_map(|t| view.row([b, t, h, 0]))
-            .map(|x| f64::from(x.to_f32()))
-            .collect()
+        (0..n).flat_map(|t| view.row([b, t, h, 0])).map(|x| f64::from(x.to_f32())).collect()
     }
 }
 
@@ -93,17 +102,9 @@ pub fn lightning(args: &Args, rt: &Runtime) -> Result<Outcome> {
 }
 
 fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
-    let Args {
-        batch,
-        n,
-        heads,
-        dim,
-        ..
-    } = *args;
+    let Args { batch, n, heads, dim, .. } = *args;
     let dv = args.dv.unwrap_or(dim);
-    let slopes: Vec<f64> = (1..=heads)
-        .map(|h| (-8.0 * h as f64 / heads as f64).exp2())
-        .collect();
+    let slopes: Vec<f64> = (1..=heads).map(|h| (-8.0 * h as f64 / heads as f64).exp2()).collect();
     let op = match args.chunk {
         Some(chunk) => LightningAttention::with_chunk(&slopes, chunk)?,
         None => LightningAttention::new(&slopes)?,
@@ -113,39 +114,12 @@ fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let times = timing::measure(args, || {
         state.reset();
         let ([q, k, v], out) = case.views();
-        op.forward(rt, q, k, v, out, &mut state)
-            .expect("valid arguments");
+        op.forward(rt, q, k, v, out, &mut state).expect("valid arguments");
     });
     let error = args.check.then(|| {
-        let ([q, k, v], out) = case.views();
-        let [q, k, v] = [q, k, v].map(|x| {
-            (0..batch * heads)
-                .map(|i| Case::head(x, i / heads, i % heads))
-                .collect()
-        });
-        let (q, k, v): (Vec<_>, Vec<_>, Vec<_>) = (q, k, v);
-        let mut out = out;
-        let (mut got, mut want) = (Vec::new(), Vec::new());
-        for i in 0..batch * heads {
-            let mut s = vec![0.0; dim * dv];
-            want.extend(naive::head(
-                &q[i],
-                &k[i],
-                &v[i],
-                [dim, dv],
-                slopes[i % heads],
-                1.0,
-                &mut s,
-            ));
-            for t in 0..n {
-                got.extend(
-                    out.row_mut([i / heads, t, i % heads, 0])
-                        .iter()
-                        .map(|x| x.to_f32()),
-                );
-            }
-        }
-        (timing::relative(&got, &want), tolerance(args.dtype))
+        case.error(args, |h, q, k, v| {
+            naive::head(q, k, v, [dim, dv], slopes[h], 1.0, &mut vec![0.0; dim * dv])
+        })
     });
     Ok(Outcome {
         times,
@@ -154,4 +128,62 @@ fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
         error,
         ..Outcome::default()
     })
+}
+
+/// `phi(q) (phi(k)^T v) / (phi(q) . sum phi(k))` with `phi = elu + 1`.
+pub fn linear_noncausal(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    match args.dtype {
+        Dtype::F32 => linear_noncausal_as::<f32>(args, rt),
+        Dtype::Bf16 => linear_noncausal_as::<bf16>(args, rt),
+    }
+}
+
+fn linear_noncausal_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    let Args { batch, n, heads, dim, .. } = *args;
+    let dv = args.dv.unwrap_or(dim);
+    let op = LinearAttention::new(FeatureMap::Elu1);
+    let mut case = Case::<E>::new(args)?;
+    let times = timing::measure(args, || {
+        let ([q, k, v], out) = case.views();
+        op.forward(rt, q, k, v, out, None).expect("valid arguments");
+    });
+    let terms =
+        linear::naive::Terms { map: FeatureMap::Elu1, causal: false, eps: Some(1e-6), scale: 1.0 };
+    let error = args.check.then(|| {
+        case.error(args, |_, q, k, v| {
+            let (mut s, mut z) = (vec![0.0; dim * dv], vec![0.0; dim]);
+            linear::naive::head(q, k, v, [n, n, dim, dv], terms, &mut s, &mut z)
+        })
+    });
+    let flops = 4.0 * (batch * n * heads * dim * dv) as f64;
+    Ok(Outcome { times, flops, tokens: Some((batch * n) as f64), error, ..Outcome::default() })
+}
+
+/// `softmax(dim^-1/2 q k^T) v`; flops are those of the whole square, causal or not.
+pub fn softmax(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    match args.dtype {
+        Dtype::F32 => softmax_as::<f32>(args, rt),
+        Dtype::Bf16 => softmax_as::<bf16>(args, rt),
+    }
+}
+
+fn softmax_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    let Args { batch, n, heads, dim, causal, .. } = *args;
+    let dv = args.dv.unwrap_or(dim);
+    let mask = if causal { Mask::Causal } else { Mask::Full };
+    let op = SoftmaxAttention::new().with_mask(mask);
+    let mut case = Case::<E>::new(args)?;
+    let times = timing::measure(args, || {
+        let ([q, k, v], out) = case.views();
+        op.forward(rt, q, k, v, out).expect("valid arguments");
+    });
+    let scale = (dim as f64).powf(-0.5);
+    let error = args.check.then(|| {
+        case.error(args, |_, q, k, v| {
+            let seen = |i: usize, j: usize| !causal || j <= i;
+            softmax::naive::head(q, k, v, &[], [n, n, dim, dv], scale, seen)
+        })
+    });
+    let flops = 2.0 * (batch * heads * n * n * (dim + dv)) as f64;
+    Ok(Outcome { times, flops, tokens: Some((batch * n) as f64), error, ..Outcome::default() })
 }

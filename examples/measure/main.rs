@@ -6,6 +6,7 @@
 //! ```
 
 mod attention;
+mod decode;
 mod gemm;
 mod timing;
 
@@ -19,6 +20,14 @@ use serde_json::{Map, Value, json};
 enum What {
     /// Causal linear attention with decay, prefill.
     Lightning,
+    /// The same, one token per call.
+    LightningDecode,
+    /// Linear attention over all keys, elu + 1, normalised.
+    LinearNoncausal,
+    /// Softmax attention (`--causal` for the causal one).
+    Softmax,
+    /// Tokens per second of a whole model (`--config`).
+    GenerateDecode,
     /// One matrix product.
     Gemm,
 }
@@ -73,6 +82,12 @@ struct Args {
     /// Shared dimension of a product.
     #[arg(long, default_value_t = 128)]
     k: usize,
+    /// Hide later keys from softmax attention.
+    #[arg(long)]
+    causal: bool,
+    /// Model of generate_decode: 385m, 1b, or a checkpoint.
+    #[arg(long, default_value = "385m")]
+    config: String,
     /// The right side of a product was packed beforehand.
     #[arg(long)]
     packed: bool,
@@ -120,9 +135,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Engine::Bf16x3 => Precision::Bf16x3,
         Engine::Bf16 => Precision::Bf16,
     };
-    let mut builder = Runtime::builder()
-        .threads(args.threads)
-        .precision(precision);
+    let mut builder = Runtime::builder().threads(args.threads).precision(precision);
     if let Some(name) = &args.isa {
         builder = builder.isa(Isa::parse(name)?);
     }
@@ -130,6 +143,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let before = timing::fma_gflops(&rt);
     let outcome = match args.what {
         What::Lightning => attention::lightning(&args, &rt)?,
+        What::LightningDecode => decode::lightning_decode(&args, &rt)?,
+        What::LinearNoncausal => attention::linear_noncausal(&args, &rt)?,
+        What::Softmax => attention::softmax(&args, &rt)?,
+        What::GenerateDecode => decode::generate_decode(&args, &rt)?,
         What::Gemm => gemm::gemm(&args, &rt),
     };
     let mut times = outcome.times;
@@ -156,10 +173,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     map.extend(outcome.extra);
     println!("{line}");
-    if outcome
-        .error
-        .is_some_and(|(error, tolerance)| error.is_nan() || error > tolerance)
-    {
+    if outcome.error.is_some_and(|(error, tolerance)| error.is_nan() || error > tolerance) {
         std::process::exit(1);
     }
     Ok(())

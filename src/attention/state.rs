@@ -14,18 +14,12 @@ pub struct State {
 impl State {
     /// A state that has seen nothing. [`Error::Alloc`] if the memory cannot be had.
     pub fn new(batch: usize, heads: usize, dk: usize, dv: usize) -> Result<Self> {
-        Ok(Self {
-            kv: Tensor::zeros([batch, heads, dk, dv])?,
-            len: 0,
-        })
+        Ok(Self { kv: Tensor::zeros([batch, heads, dk, dv])?, len: 0 })
     }
 
     /// A state with given contents `[batch, heads, dk, dv]` after `len` tokens.
     pub fn from_slice(kv: &[f32], shape: [usize; 4], len: usize) -> Result<Self> {
-        Ok(Self {
-            kv: Tensor::from_slice(kv, shape)?,
-            len,
-        })
+        Ok(Self { kv: Tensor::from_slice(kv, shape)?, len })
     }
 
     /// Forgets everything.
@@ -84,12 +78,7 @@ impl State {
     pub(crate) fn room(&self, op: &'static str, n: usize) -> Result<()> {
         match self.len.checked_add(n) {
             Some(_) => Ok(()),
-            None => Err(Error::value(
-                op,
-                "state",
-                "a token count within usize",
-                self.len,
-            )),
+            None => Err(Error::value(op, "state", "a token count within usize", self.len)),
         }
     }
 

@@ -62,10 +62,8 @@ impl Checkpoint {
             }
             return Ok(own);
         }
-        let (single, index) = (
-            path.join("model.safetensors"),
-            path.join("model.safetensors.index.json"),
-        );
+        let (single, index) =
+            (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
         own.config = optional_text(&path.join("config.json"))?;
         match optional_text(&index)? {
             Some(text) if !single.exists() => {
@@ -194,9 +192,7 @@ impl Shard {
             }
             Shard::File(path, file) => {
                 let io = |e| io_error(path, e);
-                let mut file = file
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut file = file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 file.seek(SeekFrom::Start(at)).map_err(io)?;
                 file.read_exact(out).map_err(io)
             }
@@ -208,13 +204,10 @@ fn buffer(bytes: usize) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     match out.try_reserve_exact(bytes) {
         Ok(()) => {
-            out.resize(bytes, 0);
+            out.extend(std::iter::repeat_n(0, bytes));
             Ok(out)
         }
-        Err(_) => Err(Error::Alloc {
-            op: "checkpoint",
-            bytes,
-        }),
+        Err(_) => Err(Error::Alloc { op: "checkpoint", bytes }),
     }
 }
 
@@ -223,10 +216,7 @@ fn short(len: u64) -> Error {
 }
 
 fn io_error(path: &Path, source: std::io::Error) -> Error {
-    Error::Io {
-        path: path.display().to_string(),
-        source,
-    }
+    Error::Io { path: path.display().to_string(), source }
 }
 
 fn optional_text(path: &Path) -> Result<Option<String>> {

@@ -60,11 +60,7 @@ pub(super) fn parse(text: &[u8], len: u64) -> Result<Header> {
             return Err(refuse(&name, format!("a file of {len} bytes"), got));
         };
         end = end.max(stop);
-        let entry = Entry {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            start,
-        };
+        let entry = Entry { dtype: info.dtype, shape: info.shape.clone(), start };
         entries.insert(name, entry);
     }
     if end != len {
@@ -72,10 +68,7 @@ pub(super) fn parse(text: &[u8], len: u64) -> Result<Header> {
         return Err(refuse("file", expected, format!("{len} bytes")));
     }
     let metadata = meta.metadata().iter().flatten();
-    Ok(Header {
-        entries,
-        metadata: metadata.map(|(k, v)| (k.clone(), v.clone())).collect(),
-    })
+    Ok(Header { entries, metadata: metadata.map(|(k, v)| (k.clone(), v.clone())).collect() })
 }
 
 /// Bytes per element of the types that weights may have.
@@ -89,20 +82,14 @@ pub(super) fn width(name: &str, dtype: Dtype) -> Result<usize> {
 
 /// Widens little-endian bytes of a type that [`width`] accepts.
 pub(super) fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    let halves = || {
-        bytes
-            .chunks_exact(2)
-            .map(|b| u16::from_le_bytes([b[0], b[1]]))
-    };
+    let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
     match dtype {
-        Dtype::BF16 => out
-            .iter_mut()
-            .zip(halves())
-            .for_each(|(o, h)| *o = half::bf16::from_bits(h).to_f32()),
-        Dtype::F16 => out
-            .iter_mut()
-            .zip(halves())
-            .for_each(|(o, h)| *o = half::f16::from_bits(h).to_f32()),
+        Dtype::BF16 => {
+            out.iter_mut().zip(halves()).for_each(|(o, h)| *o = half::bf16::from_bits(h).to_f32())
+        }
+        Dtype::F16 => {
+            out.iter_mut().zip(halves()).for_each(|(o, h)| *o = half::f16::from_bits(h).to_f32())
+        }
         _ => out
             .iter_mut()
             .zip(bytes.chunks_exact(4))
@@ -149,10 +136,7 @@ pub(super) fn shards(text: &str) -> Result<BTreeMap<String, BTreeSet<String>>> {
         if !plain {
             return Err::<_, Error>(refuse(tensor, "a file in the same directory", name));
         }
-        files
-            .entry(name.to_string())
-            .or_default()
-            .insert(tensor.clone());
+        files.entry(name.to_string()).or_default().insert(tensor.clone());
     }
     Ok(files)
 }

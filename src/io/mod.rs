@@ -49,11 +49,7 @@ impl TensorMap {
         let len = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
         if len != Some(data.len()) {
             let expected = alloc::format!("data for shape {shape:?}");
-            return Err(refuse(
-                name,
-                expected,
-                alloc::format!("{} values", data.len()),
-            ));
+            return Err(refuse(name, expected, alloc::format!("{} values", data.len())));
         }
         match self.0.insert(name.to_string(), (shape.to_vec(), data)) {
             None => Ok(()),
@@ -81,11 +77,7 @@ impl TensorSource for TensorMap {
 }
 
 fn missing(name: &str, shape: &[usize]) -> Error {
-    refuse(
-        name,
-        alloc::format!("a tensor of shape {shape:?}"),
-        "no such tensor",
-    )
+    refuse(name, alloc::format!("a tensor of shape {shape:?}"), "no such tensor")
 }
 
 fn refuse(name: &str, expected: impl ToString, got: impl ToString) -> Error {

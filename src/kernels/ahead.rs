@@ -15,12 +15,7 @@ pub struct Part {
 
 impl Part {
     /// Nothing.
-    pub const NONE: Part = Part {
-        address: 0,
-        stride: 0,
-        width: 0,
-        rows: 0,
-    };
+    pub const NONE: Part = Part { address: 0, stride: 0, width: 0, rows: 0 };
 
     /// Rows `at .. at + rows`, as many of them as there are.
     #[inline(always)]
@@ -76,12 +71,7 @@ impl Ahead {
         let lines: usize = some.iter().map(Part::lines).sum();
         let mut parts = [Part::NONE; 4];
         parts[..N].copy_from_slice(&some);
-        Self {
-            parts,
-            part: 0,
-            column: 0,
-            pace: lines.div_ceil(rows.max(1)),
-        }
+        Self { parts, part: 0, column: 0, pace: lines.div_ceil(rows.max(1)) }
     }
 
     /// Nothing.

@@ -91,29 +91,16 @@ fn stage<'a, B: Backend, E: Element>(
 ) -> Plain<'a> {
     let width = src.shape()[1];
     if width == 0 {
-        return Plain {
-            data: &[],
-            stride: 0,
-        };
+        return Plain { data: &[], stride: 0 };
     }
     let (data, stride) = src.parts();
     if let (Block::Run(first, _), Some(data)) = (block, E::as_f32(data)) {
-        return Plain {
-            data: &data[first * stride..],
-            stride,
-        };
+        return Plain { data: &data[first * stride..], stride };
     }
     for j in 0..block.len() {
-        E::widen(
-            b.convert(),
-            src.row([block.at(j), 0]),
-            &mut buffer[j * width..][..width],
-        );
+        E::widen(b.convert(), src.row([block.at(j), 0]), &mut buffer[j * width..][..width]);
     }
-    Plain {
-        data: buffer,
-        stride: width,
-    }
+    Plain { data: buffer, stride: width }
 }
 
 /// Brings a block of keys and values into the form that the engine wants. The result says whether all values
@@ -174,10 +161,7 @@ impl<'a, B: Backend, E: Element> Kernel<B> for StageKeys<'a, E> {
     type Output = (Plain<'a>, Plain<'a>);
     #[inline(always)]
     fn run(self, b: B) -> Self::Output {
-        (
-            stage(b, self.k, self.block, self.keys),
-            stage(b, self.v, self.block, self.values),
-        )
+        (stage(b, self.k, self.block, self.keys), stage(b, self.v, self.block, self.values))
     }
 }
 
@@ -216,8 +200,7 @@ impl<'a> Bias<'a> {
     #[inline(always)]
     fn row(&self, r: usize) -> &'a [f32] {
         let r = self.first + r;
-        self.all
-            .row([self.head + r % self.group, r / self.group, 0])
+        self.all.row([self.head + r % self.group, r / self.group, 0])
     }
 }
 
@@ -272,32 +255,13 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
     #[inline(always)]
     fn run(self, b: B) {
         let (l, t) = (b.lanes(), b.tiles());
-        let Attend {
-            q,
-            q_stride,
-            dk,
-            dv,
-            block,
-            visible,
-            bias,
-            online,
-            acc,
-            scores,
-            ..
-        } = self;
+        let Attend { q, q_stride, dk, dv, block, visible, bias, online, acc, scores, .. } = self;
         let (rows, n) = (online.max.len(), visible.width());
         match self.keys {
             Keys::Packed(keys) => {
-                let left = Left {
-                    data: q,
-                    order: Order::Rows(q_stride),
-                };
+                let left = Left { data: q, order: Order::Rows(q_stride) };
                 let left = t.pack_left(l, left, rows, dk, self.left_q);
-                let term = Term {
-                    left,
-                    right: Right::packed(keys, dk),
-                    k: dk,
-                };
+                let term = Term { left, right: Right::packed(keys, dk), k: dk };
                 let product = Product {
                     m: rows,
                     n,
@@ -321,38 +285,16 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
         }
         if let Some(bias) = bias {
             for r in 0..rows {
-                add_bias(
-                    l,
-                    bias.row(r),
-                    block,
-                    &mut scores[r * STRIDE..][..visible.of(r)],
-                );
+                add_bias(l, bias.row(r), block, &mut scores[r * STRIDE..][..visible.of(r)]);
             }
         }
         let Online { max, sum, factor } = online;
-        online_rows(
-            l,
-            scores,
-            STRIDE,
-            visible,
-            Online {
-                max,
-                sum,
-                factor: &mut *factor,
-            },
-        );
+        online_rows(l, scores, STRIDE, visible, Online { max, sum, factor: &mut *factor });
         match self.values {
             Values::Packed(values) => {
-                let left = Left {
-                    data: &*scores,
-                    order: Order::Rows(STRIDE),
-                };
+                let left = Left { data: &*scores, order: Order::Rows(STRIDE) };
                 let left = t.pack_left(l, left, rows, n, self.left_p);
-                let term = Term {
-                    left,
-                    right: Right::packed(values, block.len()),
-                    k: n,
-                };
+                let term = Term { left, right: Right::packed(values, block.len()), k: n };
                 let product = Product {
                     m: rows,
                     n: dv,
@@ -362,10 +304,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
                     lower: false,
                 };
                 let out = ViewMut::with_strides(acc, [rows, dv], [dv, 1]).expect("rows x dv sums");
-                let mut store = Store {
-                    keep: Keep::Rows(factor),
-                    ..Store::new(out)
-                };
+                let mut store = Store { keep: Keep::Rows(factor), ..Store::new(out) };
                 t.product(b, &product, &mut store);
             }
             Values::Plain(v) => {
@@ -410,11 +349,7 @@ fn add_bias<L: Lanes>(l: L, bias: &[f32], block: Block<'_>, scores: &mut [f32]) 
         }
         Block::List(at) => {
             for (s, j) in scores.iter_mut().zip(at) {
-                *s = if bias[*j] == f32::NEG_INFINITY {
-                    bias[*j]
-                } else {
-                    *s + bias[*j]
-                };
+                *s = if bias[*j] == f32::NEG_INFINITY { bias[*j] } else { *s + bias[*j] };
             }
         }
     }

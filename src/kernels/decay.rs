@@ -158,10 +158,6 @@ impl DecayTable {
     /// What `rows` steps forget.
     #[must_use]
     pub fn forget(&self, rows: usize) -> Forget {
-        if rows == self.chunk {
-            self.full
-        } else {
-            Forget::over(self.slope, rows)
-        }
+        if rows == self.chunk { self.full } else { Forget::over(self.slope, rows) }
     }
 }

@@ -1,8 +1,9 @@
 //! Matrix products: `out = epilogue(left (m x k) * right (k x n))`.
 //!
 //! The right operand comes packed in panels (weights, packed once) or is packed into scratch on the way.
-//! The shared dimension is cut into blocks of [`KC`] so that one panel block stays in the first cache level
-//! while [`MC`] rows of the left operand pass by it from the second.
+//! The shared dimension is cut into blocks of [`KC`] and the rows into blocks of [`MC`], which fit the second
+//! cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
+//! in order, and every block costs one more pass over the output.
 
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
@@ -11,9 +12,9 @@ use crate::simd::{
 };
 use crate::tensor::ViewMut;
 
-/// Depth of a block: a panel block of `KC x PANEL` floats takes 32 KiB.
-const KC: usize = 256;
-/// Rows of a block: `MC x KC` floats take 120 KiB.
+/// Depth of a block: a panel block of `KC x PANEL` floats takes 128 KiB.
+const KC: usize = 1024;
+/// Rows of a block: `MC x KC` floats take 480 KiB.
 const MC: usize = 120;
 /// Up to this many rows the left operand fits the first cache level at any depth, and a right operand is read
 /// front to back exactly once: no blocking in depth.
@@ -53,11 +54,7 @@ pub fn matmul_bytes<B: Backend>(m: usize, k: usize, n: usize) -> usize {
 
 /// Rows and depth of a block.
 fn block(m: usize, k: usize) -> (usize, usize) {
-    if m <= SKINNY {
-        (m, k)
-    } else {
-        (MC.min(m), KC.min(k))
-    }
+    if m <= SKINNY { (m, k) } else { (MC.min(m), KC.min(k)) }
 }
 
 /// One block of the product, entered as one kernel.
@@ -90,40 +87,18 @@ impl<B: Backend> Kernel<B> for Block<'_, '_, <B::T as Tiles>::Elem> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let left = b
-            .tiles()
-            .pack_left(b.lanes(), self.left, self.m, self.k, self.buffer);
-        let second = Some(Term {
-            left,
-            right: self.right,
-            k: self.k,
-        });
-        let product = Product {
-            m: self.m,
-            n: self.n,
-            first: None,
-            second,
-            causal: false,
-            lower: false,
-        };
-        let mut sink = Shifted {
-            store: self.store,
-            row: self.row,
-        };
+        let left = b.tiles().pack_left(b.lanes(), self.left, self.m, self.k, self.buffer);
+        let second = Some(Term { left, right: self.right, k: self.k });
+        let product =
+            Product { m: self.m, n: self.n, first: None, second, causal: false, lower: false };
+        let mut sink = Shifted { store: self.store, row: self.row };
         b.tiles().product(b, &product, &mut sink);
     }
 }
 
-/// `store <- left * right`. Reads `right` once if `m` is at most [`SKINNY`]. `2 m k n` flops.
+/// `store <- left * right`. Reads `right` once if `m` is at most 16. `2 m k n` flops.
 pub fn gemm<B: Backend>(b: B, g: Gemm<'_, <B::T as Tiles>::Elem>, scratch: &mut Cut<'_>) {
-    let Gemm {
-        m,
-        k,
-        n,
-        left,
-        right,
-        mut store,
-    } = g;
+    let Gemm { m, k, n, left, right, mut store } = g;
     let (height, depth) = block(m, k);
     let buffer = scratch.take::<<B::T as Tiles>::Elem>(<B::T as Tiles>::left_len(height, depth));
     if m == 0 || n == 0 {
@@ -144,10 +119,7 @@ pub fn gemm<B: Backend>(b: B, g: Gemm<'_, <B::T as Tiles>::Elem>, scratch: &mut 
                 k: kc,
                 n,
                 left: block_of(left, row, p),
-                right: Right {
-                    data: right.data.get(p * right.stride..).unwrap_or(&[]),
-                    ..right
-                },
+                right: Right { data: right.data.get(p * right.stride..).unwrap_or(&[]), ..right },
                 store: &mut store,
                 buffer: &mut *buffer,
                 row,
@@ -166,10 +138,7 @@ fn block_of(left: Left<'_, f32>, i: usize, p: usize) -> Left<'_, f32> {
         Order::Rows(s) => i * s + p,
         Order::Columns(s) => p * s + i,
     };
-    Left {
-        data: left.data.get(at..).unwrap_or(&[]),
-        ..left
-    }
+    Left { data: left.data.get(at..).unwrap_or(&[]), ..left }
 }
 
 /// Packs a right operand, entered as one kernel.
@@ -189,8 +158,7 @@ impl<B: Backend> Kernel<B> for Pack<'_, <B::T as Tiles>::Elem> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        b.tiles()
-            .pack_right(b.lanes(), self.src, self.k, self.n, self.dst);
+        b.tiles().pack_right(b.lanes(), self.src, self.k, self.n, self.dst);
     }
 }
 
@@ -207,27 +175,11 @@ pub fn matmul<B: Backend>(
     let right = match in_place::<B>(right, k, n) {
         Some(right) => right,
         None => {
-            b.call(Pack {
-                src: right,
-                k,
-                n,
-                dst: &mut *packed,
-            });
+            b.call(Pack { src: right, k, n, dst: &mut *packed });
             Right::packed(packed, k)
         }
     };
-    gemm(
-        b,
-        Gemm {
-            m,
-            k,
-            n,
-            left,
-            right,
-            store,
-        },
-        scratch,
-    );
+    gemm(b, Gemm { m, k, n, left, right, store }, scratch);
 }
 
 /// The operand where it lies, if its engine reads `f32` and the whole of it fits the first cache level.
@@ -242,11 +194,7 @@ fn in_place<'a, B: Backend>(
         {
             let data = bytemuck::try_cast_slice(data).ok()?;
             let same = size_of::<<B::T as Tiles>::Elem>() == size_of::<f32>();
-            same.then_some(Right {
-                data,
-                step: PANEL,
-                stride,
-            })
+            same.then_some(Right { data, step: PANEL, stride })
         }
         _ => None,
     }
@@ -255,10 +203,7 @@ fn in_place<'a, B: Backend>(
 /// A matrix view as the left operand.
 pub fn rows<'a>(view: crate::tensor::View<'a, f32, 2>) -> Left<'a, f32> {
     let (data, stride) = view.parts();
-    Left {
-        data,
-        order: Order::Rows(stride),
-    }
+    Left { data, order: Order::Rows(stride) }
 }
 
 /// The whole of a contiguous buffer as an output matrix. Panics if it is not `m x n`.

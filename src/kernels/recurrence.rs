@@ -41,16 +41,7 @@ impl<B: Backend> Kernel<B> for Step<'_> {
 #[inline(always)]
 fn columns<L: Lanes>(l: L, s: Step<'_>, form: impl Form) {
     const WIDE: usize = 8;
-    let Step {
-        state,
-        stride,
-        q,
-        k,
-        v,
-        out,
-        scale,
-        ..
-    } = s;
+    let Step { state, stride, q, k, v, out, scale, .. } = s;
     let rows = |state: &mut [f32]| {
         assert!(q.len() == k.len() && state.len() >= (q.len().max(1) - 1) * stride);
     };
@@ -58,46 +49,16 @@ fn columns<L: Lanes>(l: L, s: Step<'_>, form: impl Form) {
     let mut j = 0;
     let n = v.len();
     while j + WIDE * L::N <= n {
-        block::<L, WIDE>(
-            l,
-            &mut state[j..],
-            stride,
-            q,
-            k,
-            &v[j..],
-            &mut out[j..],
-            scale,
-            form,
-        );
+        block::<L, WIDE>(l, &mut state[j..], stride, q, k, &v[j..], &mut out[j..], scale, form);
         j += WIDE * L::N;
     }
     while j + 2 * L::N <= n {
-        block::<L, 2>(
-            l,
-            &mut state[j..],
-            stride,
-            q,
-            k,
-            &v[j..],
-            &mut out[j..],
-            scale,
-            form,
-        );
+        block::<L, 2>(l, &mut state[j..], stride, q, k, &v[j..], &mut out[j..], scale, form);
         j += 2 * L::N;
     }
     while j < n {
         let end = n.min(j + L::N);
-        tail(
-            l,
-            &mut state[j..],
-            stride,
-            q,
-            k,
-            &v[j..end],
-            &mut out[j..end],
-            scale,
-            form,
-        );
+        tail(l, &mut state[j..], stride, q, k, &v[j..end], &mut out[j..end], scale, form);
         j = end;
     }
 }

@@ -20,11 +20,7 @@ pub fn stage<'a, B: Backend, E: Element>(
         return (&data[at * stride..], stride);
     }
     for r in 0..rows {
-        E::widen(
-            b.convert(),
-            src.row([at + r, 0]),
-            &mut buffer[r * width..][..width],
-        );
+        E::widen(b.convert(), src.row([at + r, 0]), &mut buffer[r * width..][..width]);
     }
     (buffer, width)
 }
@@ -106,5 +102,22 @@ impl<B: Backend> Kernel<B> for Combine<'_> {
     #[inline(always)]
     fn run(self, b: B) {
         add_columns(b.lanes(), self.part, [1, self.part.len()], self.total);
+    }
+}
+
+/// Asks for the cache lines of rows `at .. at + rows`, as many of them as there are.
+#[inline(always)]
+pub fn prefetch<L: Lanes, E: Element>(l: L, src: View<'_, E, 2>, [at, rows]: [usize; 2]) {
+    const LINE: usize = 16;
+    let [n, width] = src.shape();
+    if width == 0 {
+        return;
+    }
+    for r in at..n.min(at + rows) {
+        if let Some(row) = E::as_f32(src.row([r, 0])) {
+            for x in (0..width).step_by(LINE) {
+                l.prefetch(row[x..].as_ptr() as usize);
+            }
+        }
     }
 }

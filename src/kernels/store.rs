@@ -32,13 +32,7 @@ pub struct Store<'a> {
 impl<'a> Store<'a> {
     /// Overwrites `out` with the product.
     pub fn new(out: ViewMut<'a, f32, 2>) -> Self {
-        Self {
-            out,
-            keep: Keep::Nothing,
-            alpha: 1.0,
-            bias: None,
-            scale: None,
-        }
+        Self { out, keep: Keep::Nothing, alpha: 1.0, bias: None, scale: None }
     }
 
     /// Whether there is nothing to do but to write the product.

@@ -90,12 +90,7 @@ impl GatedLinearAttention {
         lrpe: Option<Lrpe>,
         slopes: &[f64],
     ) -> Result<Self> {
-        let GlaConfig {
-            embed_dim: embed,
-            hidden_dim: hidden,
-            heads,
-            ..
-        } = config;
+        let GlaConfig { embed_dim: embed, hidden_dim: hidden, heads, .. } = config;
         if heads == 0 || !hidden.is_multiple_of(heads) {
             let expected = alloc::format!("a divisor of hidden_dim = {hidden}");
             return Err(Error::value(OP, "heads", expected, heads));
@@ -181,16 +176,9 @@ impl GatedLinearAttention {
         if let Some(mask) = mask {
             expect_shape(OP, "mask", "[batch, len]", [batch, len], mask.shape())?;
         }
-        let call = Call {
-            x: x.merge_rows()?,
-            batch,
-            mask,
-            out: out.merge_rows()?,
-            keep: Keep::Nothing,
-        };
-        rt.with_scratch(self.scratch_bytes(rt, batch * len), |cut| {
-            self.run(rt, call, state, cut)
-        })?
+        let call =
+            Call { x: x.merge_rows()?, batch, mask, out: out.merge_rows()?, keep: Keep::Nothing };
+        rt.with_scratch(self.scratch_bytes(rt, batch * len), |cut| self.run(rt, call, state, cut))?
     }
 
     /// Scratch bytes that a call with `rows = batch * len` tokens takes from the runtime, besides those of
@@ -238,8 +226,7 @@ impl GatedLinearAttention {
         let work = cut.take::<u8>(need);
 
         let all = matrix(qkvu, n);
-        self.qkvu_proj
-            .run(rt, call.x, all, Keep::Nothing, Cut::new(work));
+        self.qkvu_proj.run(rt, call.x, all, Keep::Nothing, Cut::new(work));
         if self.config.act != Activation::Identity {
             match self.config.act {
                 // Needs the rows of q and k apart.
@@ -249,12 +236,7 @@ impl GatedLinearAttention {
                         rows(rt, Activate(self.config.act), [], part);
                     }
                 }
-                act => rows(
-                    rt,
-                    Activate(act),
-                    [],
-                    matrix(qkvu, n).slice(1, 0, 2 * hidden),
-                ),
+                act => rows(rt, Activate(act), [], matrix(qkvu, n).slice(1, 0, 2 * hidden)),
             }
         }
         if let Some(mask) = call.mask {
@@ -276,8 +258,7 @@ impl GatedLinearAttention {
         self.attention.forward(rt, q, k, v, out, state)?;
         let u = table(qkvu, n).slice(1, 3 * hidden, 4 * hidden);
         self.norm.gate(rt, matrix(mixed, n), u, false);
-        self.out_proj
-            .run(rt, table(mixed, n), call.out, call.keep, Cut::new(work));
+        self.out_proj.run(rt, table(mixed, n), call.out, call.keep, Cut::new(work));
         Ok(())
     }
 }

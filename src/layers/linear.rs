@@ -65,12 +65,7 @@ impl Linear {
             }
         }
         let bias = bias.map(|b| Tensor::from_slice(b, [outputs])).transpose()?;
-        Ok(Self {
-            panels,
-            bias,
-            inputs,
-            outputs,
-        })
+        Ok(Self { panels, bias, inputs, outputs })
     }
 
     /// Width of the input.
@@ -210,28 +205,13 @@ impl Divide for Columns<'_> {
         m.saturating_mul(2 * k).saturating_mul(n)
     }
     fn split(self, mid: usize) -> (Self, Self) {
-        let Columns {
-            x,
-            panels,
-            bias,
-            out,
-            keep,
-        } = self;
+        let Columns { x, panels, bias, out, keep } = self;
         let border = mid * PANEL;
         let (near, far) = panels.split_at(right_len(x.shape()[1], border));
         let (bias_near, bias_far) = bias.map(|b| b.split_at(border)).unzip();
         let (out_near, out_far) = out.split_at(1, border);
-        let part = |panels, bias, out| Columns {
-            x,
-            panels,
-            bias,
-            out,
-            keep,
-        };
-        (
-            part(near, bias_near, out_near),
-            part(far, bias_far, out_far),
-        )
+        let part = |panels, bias, out| Columns { x, panels, bias, out, keep };
+        (part(near, bias_near, out_near), part(far, bias_far, out_far))
     }
 }
 
@@ -247,8 +227,7 @@ impl<'a, B: Backend> Kernel<B> for Widen<'a, <B::T as Tiles>::Elem> {
     type Output = Right<'a, <B::T as Tiles>::Elem>;
     #[inline(always)]
     fn run(self, b: B) -> Self::Output {
-        b.tiles()
-            .view_right(b.lanes(), self.panels, self.k, self.n, self.buffer)
+        b.tiles().view_right(b.lanes(), self.panels, self.k, self.n, self.buffer)
     }
 }
 
@@ -266,26 +245,10 @@ impl Task for Product<'_, '_, '_> {
         let work = |job: Columns<'_>, mut cut: Cut<'_>| {
             let n = job.out.shape()[1];
             let buffer = cut.take(<B::T as Tiles>::view_len(k, n));
-            let right = b.call(Widen {
-                panels: job.panels,
-                k,
-                n,
-                buffer,
-            });
-            let store = Store {
-                keep: job.keep,
-                bias: job.bias,
-                ..Store::new(job.out)
-            };
+            let right = b.call(Widen { panels: job.panels, k, n, buffer });
+            let store = Store { keep: job.keep, bias: job.bias, ..Store::new(job.out) };
             let left = rows(job.x);
-            let product = Gemm {
-                m,
-                k,
-                n,
-                left,
-                right,
-                store,
-            };
+            let product = Gemm { m, k, n, left, right, store };
             gemm(b, product, &mut cut);
         };
         self.rt.divide_in(self.job, self.scratch, bytes, &work);

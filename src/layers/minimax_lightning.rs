@@ -123,12 +123,7 @@ impl MiniMaxLightning {
         state: &mut State,
     ) -> Result<()> {
         let [batch, len, _] = x.shape();
-        let MiniMaxConfig {
-            hidden_size,
-            heads,
-            head_dim,
-            ..
-        } = self.config;
+        let MiniMaxConfig { hidden_size, heads, head_dim, .. } = self.config;
         let letters = "[batch, len, hidden_size]";
         let expected = [batch, len, hidden_size];
         expect_shape(OP, "x", letters, expected, x.shape())?;
@@ -173,19 +168,15 @@ impl MiniMaxLightning {
         let (mixed, gate) = (cut.take::<f32>(n * inner), cut.take::<f32>(n * inner));
         let work = cut.take::<u8>(self.linear_bytes(rt, n));
         let new = Keep::Nothing;
-        self.qkv_proj
-            .run(rt, x, matrix(qkv, n), new, Cut::new(work));
-        self.output_gate
-            .run(rt, x, matrix(gate, n), new, Cut::new(work));
+        self.qkv_proj.run(rt, x, matrix(qkv, n), new, Cut::new(work));
+        self.output_gate.run(rt, x, matrix(gate, n), new, Cut::new(work));
         rows(rt, Activate(Activation::Silu), [], matrix(qkv, n));
         let shape = [batch, n / batch, heads, hd];
         let part = |at| heads_of(&qkv[at..], shape, 3 * inner, 3 * hd);
         let mix = ViewMut::new(&mut *mixed, shape).expect("planned size");
-        self.attention
-            .forward(rt, part(0), part(hd), part(2 * hd), mix, state)?;
+        self.attention.forward(rt, part(0), part(hd), part(2 * hd), mix, state)?;
         self.norm.gate(rt, matrix(mixed, n), table(gate, n), true);
-        self.out_proj
-            .run(rt, table(mixed, n), out, new, Cut::new(work));
+        self.out_proj.run(rt, table(mixed, n), out, new, Cut::new(work));
         Ok(())
     }
 }

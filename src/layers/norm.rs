@@ -73,21 +73,13 @@ impl Norm {
             return Err(Error::value(OP, "eps", "finite and not negative", eps));
         }
         let own = |x: Option<&[f32]>| x.map(|x| Tensor::from_slice(x, [x.len()])).transpose();
-        Ok(Self {
-            kind,
-            eps,
-            weight: own(weight)?,
-            bias: own(bias)?,
-        })
+        Ok(Self { kind, eps, weight: own(weight)?, bias: own(bias)? })
     }
 
     /// The width that the parameters demand, if there are any.
     #[must_use]
     pub fn width(&self) -> Option<usize> {
-        self.weight
-            .as_ref()
-            .or(self.bias.as_ref())
-            .map(|p| p.as_slice().len())
+        self.weight.as_ref().or(self.bias.as_ref()).map(|p| p.as_slice().len())
     }
 
     /// `x`, `out`: `[rows, width]`. About `6 rows * width` flops; no memory is taken.
@@ -138,9 +130,6 @@ impl Norm {
     }
 
     fn kernel(&self) -> RmsNorm<'_> {
-        RmsNorm {
-            eps: self.eps,
-            weight: self.weight.as_ref().map(Tensor::as_slice),
-        }
+        RmsNorm { eps: self.eps, weight: self.weight.as_ref().map(Tensor::as_slice) }
     }
 }

@@ -86,12 +86,7 @@ impl Lrpe {
         out: ViewMut<'_, f32, 4>,
     ) {
         let theta = &self.theta;
-        let job = LrpeRows {
-            x,
-            out,
-            theta,
-            offset,
-        };
+        let job = LrpeRows { x, out, theta, offset };
         rt.run(Divided(rt, job));
     }
 }
@@ -149,10 +144,7 @@ impl Rope {
             return Err(Error::value("rope", "base", "finite and positive", base));
         }
         let power = |i: usize| libm::pow(base, -2.0 * i as f64 / rot_dim as f64);
-        Ok(Self {
-            style,
-            freq: (0..rot_dim / 2).map(power).collect(),
-        })
+        Ok(Self { style, freq: (0..rot_dim / 2).map(power).collect() })
     }
 
     /// `x`, `out`: `[batch, len, heads, dim]` with `dim` at least `rot_dim`.

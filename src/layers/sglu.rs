@@ -53,9 +53,7 @@ impl Sglu {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if a weight does not fit.
     pub fn new(config: SgluConfig, l1: Linear, l2: Linear, l3: Linear) -> Result<Self> {
-        let SgluConfig {
-            embed_dim, glu_dim, ..
-        } = config;
+        let SgluConfig { embed_dim, glu_dim, .. } = config;
         expect_linear(OP, "l1", &l1, [glu_dim, embed_dim])?;
         expect_linear(OP, "l2", &l2, [glu_dim, embed_dim])?;
         expect_linear(OP, "l3", &l3, [embed_dim, glu_dim])?;

@@ -49,11 +49,7 @@ impl TransNormerBlock {
         let expected = [token_mixer.config().embed_dim];
         let got = [channel_mixer.config().embed_dim];
         expect_shape(OP, "channel_mixer", "[embed]", expected, got)?;
-        Ok(Self {
-            token_mixer,
-            channel_mixer,
-            norm: Norm::simple_rms(norm_eps)?,
-        })
+        Ok(Self { token_mixer, channel_mixer, norm: Norm::simple_rms(norm_eps)? })
     }
 
     /// A state that has seen nothing, as [`GatedLinearAttention::new_state`] makes it.
@@ -86,8 +82,7 @@ impl TransNormerBlock {
             }
             self.run(rt, stream, batch, state, cut)?;
             for i in 0..n {
-                x.row_mut([i, 0])
-                    .copy_from_slice(&stream[i * width..][..width]);
+                x.row_mut([i, 0]).copy_from_slice(&stream[i * width..][..width]);
             }
             Ok(())
         })?
@@ -139,8 +134,7 @@ impl TransNormerBlock {
         self.token_mixer.run(rt, call, state, Cut::new(work))?;
         self.norm.run(rt, table(stream, n), matrix(normed, n));
         let (x, out) = (table(normed, n), matrix(stream, n));
-        self.channel_mixer
-            .run(rt, x, out, Keep::All, Cut::new(work));
+        self.channel_mixer.run(rt, x, out, Keep::All, Cut::new(work));
         Ok(())
     }
 }

@@ -24,12 +24,7 @@ pub struct SamplerConfig {
 impl Default for SamplerConfig {
     /// Every token with its own probability.
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        }
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
     }
 }
 
@@ -54,10 +49,7 @@ impl Sampler {
     /// The likeliest token, the lowest of equals.
     #[must_use]
     pub fn greedy() -> Self {
-        Self::build(SamplerConfig {
-            temperature: 0.0,
-            ..SamplerConfig::default()
-        })
+        Self::build(SamplerConfig { temperature: 0.0, ..SamplerConfig::default() })
     }
 
     /// A sampler as configured.
@@ -77,11 +69,7 @@ impl Sampler {
     }
 
     fn build(config: SamplerConfig) -> Self {
-        Self {
-            config,
-            rng: Rng::new(config.seed),
-            candidates: Vec::new(),
-        }
+        Self { config, rng: Rng::new(config.seed), candidates: Vec::new() }
     }
 
     /// The next token, an index into `logits`. No allocation after the first call.
@@ -170,15 +158,7 @@ impl<'a> Generate<'a> {
         }
         let mut logits = alloc::vec![0.0; model.config().vocab_size];
         model.prefill(rt, prompt, state, &mut logits)?;
-        Ok(Self {
-            model,
-            rt,
-            state,
-            sampler,
-            logits,
-            pending: None,
-            failed: false,
-        })
+        Ok(Self { model, rt, state, sampler, logits, pending: None, failed: false })
     }
 
     /// The logits that the last token was chosen from, or the next will be.
@@ -197,9 +177,7 @@ impl<'a> Generate<'a> {
 
     fn read(&mut self) -> Result<()> {
         match self.pending.take() {
-            Some(token) => self
-                .model
-                .decode_step(self.rt, &[token], self.state, &mut self.logits),
+            Some(token) => self.model.decode_step(self.rt, &[token], self.state, &mut self.logits),
             None => Ok(()),
         }
     }

@@ -48,11 +48,7 @@ fn bf16_bits(x: f32) -> u16 {
     let b = x.to_bits();
     let rounded = b.wrapping_add(0x7fff + (b >> 16 & 1)) >> 16;
     let quiet = b >> 16 | 0x40;
-    (if b & 0x7fff_ffff > 0x7f80_0000 {
-        quiet
-    } else {
-        rounded
-    }) as u16
+    (if b & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) as u16
 }
 
 #[inline(always)]
@@ -62,13 +58,7 @@ fn f16_value(h: u16) -> f32 {
     // Exponent rebiased by a multiplication, which also normalises subnormals; infinities and NaN keep all ones.
     let finite = (f32::from_bits(mag) * f32::from_bits(0x7780_0000)).to_bits();
     let special = mag | 0x7f80_0000;
-    f32::from_bits(
-        sign | if h & 0x7c00 == 0x7c00 {
-            special
-        } else {
-            finite
-        },
-    )
+    f32::from_bits(sign | if h & 0x7c00 == 0x7c00 { special } else { finite })
 }
 
 #[inline(always)]
@@ -77,14 +67,9 @@ fn f16_bits(x: f32) -> u16 {
     let sign = (b >> 16 & 0x8000) as u16;
     let mag = b & 0x7fff_ffff;
     // Normal range: rebias and round the mantissa to ten bits, carrying into the exponent.
-    let normal = mag
-        .wrapping_sub(0x3800_0000)
-        .wrapping_add(0xfff + (mag >> 13 & 1))
-        >> 13;
+    let normal = mag.wrapping_sub(0x3800_0000).wrapping_add(0xfff + (mag >> 13 & 1)) >> 13;
     // Subnormal range: adding one half aligns the mantissa so that the sum's own rounding is the right one.
-    let subnormal = (f32::from_bits(mag) + 0.5)
-        .to_bits()
-        .wrapping_sub(0x3f00_0000);
+    let subnormal = (f32::from_bits(mag) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
     let nan = 0x7e00 | (mag >> 13 & 0x3ff);
     let value = if mag < 0x3880_0000 { subnormal } else { normal };
     let value = if mag >= 0x4780_0000 { 0x7c00 } else { value };
@@ -119,16 +104,8 @@ mod tests {
             if x.is_nan() {
                 assert!(b.is_nan() && h.is_nan(), "NaN {bits:#010x} was lost");
             } else {
-                assert_eq!(
-                    b.to_bits(),
-                    bf16::from_f32_const(x).to_bits(),
-                    "bf16 of {bits:#010x}"
-                );
-                assert_eq!(
-                    h.to_bits(),
-                    f16::from_f32_const(x).to_bits(),
-                    "f16 of {bits:#010x}"
-                );
+                assert_eq!(b.to_bits(), bf16::from_f32_const(x).to_bits(), "bf16 of {bits:#010x}");
+                assert_eq!(h.to_bits(), f16::from_f32_const(x).to_bits(), "f16 of {bits:#010x}");
             }
         }
     }

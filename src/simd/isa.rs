@@ -79,10 +79,7 @@ impl Isa {
             }
             available.push_str(i.name());
         }
-        Error::Isa {
-            requested: requested.to_string(),
-            available,
-        }
+        Error::Isa { requested: requested.to_string(), available }
     }
 }
 
@@ -126,11 +123,7 @@ mod probe {
             return 0;
         }
         let (one, seven) = (__cpuid(1), __cpuid_count(7, 0));
-        let ext = if __cpuid(0x8000_0000).eax > 0x8000_0000 {
-            __cpuid(0x8000_0001).ecx
-        } else {
-            0
-        };
+        let ext = if __cpuid(0x8000_0000).eax > 0x8000_0000 { __cpuid(0x8000_0001).ecx } else { 0 };
         // FMA, SSE4.1, SSE4.2, POPCNT, XSAVE, OSXSAVE, AVX, F16C; SSE3 and SSSE3.
         if !has(one.ecx, &[12, 19, 20, 23, 26, 27, 28, 29, 0, 9]) {
             return 0;

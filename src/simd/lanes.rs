@@ -74,6 +74,7 @@ pub trait Lanes: Copy + Send + Sync + 'static {
     /// The bits of `a`.
     fn to_bits(self, a: Self::F) -> Self::U;
     /// The floats with these bits.
+    #[expect(clippy::wrong_self_convention, reason = "`self` is the token, not the operand")]
     fn from_bits(self, a: Self::U) -> Self::F;
     /// All lanes equal to `x`.
     fn splat_u(self, x: u32) -> Self::U;

@@ -63,10 +63,7 @@ impl<S: Shuffle> Lanes for Pulp<S> {
             return self.store(s, x);
         }
         // SAFETY: the mask covers exactly the elements of `s`.
-        unsafe {
-            self.0
-                .mask_store_ptr_f32s(self.head(s.len()), s.as_mut_ptr(), x)
-        }
+        unsafe { self.0.mask_store_ptr_f32s(self.head(s.len()), s.as_mut_ptr(), x) }
     }
     #[inline(always)]
     fn split(self, s: &[f32]) -> (&[S::f32s], &[f32]) {
@@ -284,10 +281,7 @@ mod x86 {
             }
             for c in 0..4 {
                 write(c, cast(f._mm256_permute2f128_ps::<0x20>(r[c], r[4 + c])));
-                write(
-                    4 + c,
-                    cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c])),
-                );
+                write(4 + c, cast(f._mm256_permute2f128_ps::<0x31>(r[c], r[4 + c])));
             }
         }
         #[inline(always)]
@@ -313,14 +307,10 @@ mod arm {
         ) {
             let n = self.neon;
             let r: [float32x4_t; 4] = [cast(read(0)), cast(read(1)), cast(read(2)), cast(read(3))];
-            let even: [float64x2_t; 2] = [
-                cast(n.vtrn1q_f32(r[0], r[1])),
-                cast(n.vtrn1q_f32(r[2], r[3])),
-            ];
-            let odd: [float64x2_t; 2] = [
-                cast(n.vtrn2q_f32(r[0], r[1])),
-                cast(n.vtrn2q_f32(r[2], r[3])),
-            ];
+            let even: [float64x2_t; 2] =
+                [cast(n.vtrn1q_f32(r[0], r[1])), cast(n.vtrn1q_f32(r[2], r[3]))];
+            let odd: [float64x2_t; 2] =
+                [cast(n.vtrn2q_f32(r[0], r[1])), cast(n.vtrn2q_f32(r[2], r[3]))];
             write(0, cast(n.vtrn1q_f64(even[0], even[1])));
             write(1, cast(n.vtrn1q_f64(odd[0], odd[1])));
             write(2, cast(n.vtrn2q_f64(even[0], even[1])));

@@ -44,13 +44,7 @@ fn exp_reduce<L: Lanes>(l: L, x: L::F) -> (L::F, L::F) {
 }
 
 /// `(e^r - 1 - r) / r^2` for `|r| <= 0.38`
-const EXP: [f32; 5] = [
-    0.001_381_458_2,
-    0.008_368_724,
-    0.041_668_39,
-    0.166_665_21,
-    0.499_999_94,
-];
+const EXP: [f32; 5] = [0.001_381_458_2, 0.008_368_724, 0.041_668_39, 0.166_665_21, 0.499_999_94];
 
 /// `e^r - 1` for `|r| <= 0.38`
 #[inline(always)]
@@ -164,13 +158,7 @@ pub fn tanh<L: Lanes>(l: L, x: L::F) -> L::F {
     let a = l.abs(x);
     let one = l.splat(1.0);
     // a + a^3 P(a^2) up to 0.55, where the other form would cancel.
-    let c = [
-        -0.006_709_880_7,
-        0.021_381_53,
-        -0.053_925_58,
-        0.133_332_25,
-        -0.333_333_34,
-    ];
+    let c = [-0.006_709_880_7, 0.021_381_53, -0.053_925_58, 0.133_332_25, -0.333_333_34];
     let q = l.mul(a, a);
     let small = l.mul_add(l.mul(a, q), poly(l, q, c), a);
     // 1 - 2 / (e^2a + 1)
@@ -221,20 +209,8 @@ pub fn gelu<L: Lanes>(l: L, x: L::F) -> L::F {
     let a = l.abs(x);
     // h(a) = e^(-a^2 / 2) m / (sqrt(2 pi) m + R(a)), m = a N(a). With m in both places, its rounding errors
     // cancel for large a, where it outweighs R; all coefficients are positive.
-    let n = [
-        0.004_767_709_4,
-        0.044_959_03,
-        0.195_960_27,
-        0.455_291_87,
-        0.5,
-    ];
-    let r = [
-        1.371_524_8e-6,
-        0.011_890_729,
-        0.113_824_055,
-        0.455_155_07,
-        1.0,
-    ];
+    let n = [0.004_767_709_4, 0.044_959_03, 0.195_960_27, 0.455_291_87, 0.5];
+    let r = [1.371_524_8e-6, 0.011_890_729, 0.113_824_055, 0.455_155_07, 1.0];
     let m = l.mul(a, poly(l, a, n));
     let g = l.div(m, l.mul_add(m, l.splat(2.506_628_3), poly(l, a, r)));
     // a^2 = hi^2 + (a - hi)(a + hi) with hi^2 exact: rounding it would cost up to 40 ulp of the exponential.

@@ -45,11 +45,7 @@ impl<'a, E> Right<'a, E> {
     /// Packed panels of a right operand with `k` rows.
     #[must_use]
     pub fn packed(data: &'a [E], k: usize) -> Self {
-        Self {
-            data,
-            step: k * PANEL,
-            stride: PANEL,
-        }
+        Self { data, step: k * PANEL, stride: PANEL }
     }
 }
 

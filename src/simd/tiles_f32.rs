@@ -27,14 +27,8 @@ struct Strip {
 
 impl Strip {
     /// Nothing to add.
-    const EMPTY: Strip = Strip {
-        a: core::ptr::null(),
-        rows: 0,
-        steps: 1,
-        b: core::ptr::null(),
-        stride: 0,
-        k: 0,
-    };
+    const EMPTY: Strip =
+        Strip { a: core::ptr::null(), rows: 0, steps: 1, b: core::ptr::null(), stride: 0, k: 0 };
 }
 
 /// The tile loop and its sink, a kernel of its own: nothing else competes for its registers.
@@ -149,10 +143,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         sink: &mut S,
     ) {
         b.call(Tile::<S, M, W> {
-            first: p
-                .first
-                .as_ref()
-                .map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
+            first: p.first.as_ref().map_or(Strip::EMPTY, |(t, _)| Self::strip(t, i, j, t.k)),
             scale: p.first.as_ref().map(|(_, scale)| &scale[i..]),
             second: p.second.as_ref().map_or(Strip::EMPTY, |t| {
                 Self::strip(t, i, j, if p.causal { t.k.min(i + M) } else { t.k })
@@ -174,11 +165,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             a: term.left.data.as_ptr().wrapping_add(i * rows),
             rows,
             steps,
-            b: term
-                .right
-                .data
-                .as_ptr()
-                .wrapping_add(j / PANEL * term.right.step + j % PANEL),
+            b: term.right.data.as_ptr().wrapping_add(j / PANEL * term.right.step + j % PANEL),
             stride: term.right.stride,
             k,
         }
@@ -224,13 +211,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         if p.m == 0 || p.n == 0 {
             return;
         }
-        for t in p
-            .first
-            .iter()
-            .map(|f| &f.0)
-            .chain(&p.second)
-            .filter(|t| t.k > 0)
-        {
+        for t in p.first.iter().map(|f| &f.0).chain(&p.second).filter(|t| t.k > 0) {
             let last = match t.left.order {
                 Order::Rows(s) => (p.m - 1) * s + t.k - 1,
                 Order::Columns(s) => (t.k - 1) * s + p.m - 1,
@@ -242,10 +223,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             let end = j / PANEL * t.right.step + (t.k - 1) * t.right.stride + width;
             assert!(end <= t.right.data.len(), "right operand too short");
         }
-        assert!(
-            p.first.is_none_or(|(_, scale)| scale.len() >= p.m),
-            "scale too short"
-        );
+        assert!(p.first.is_none_or(|(_, scale)| scale.len() >= p.m), "scale too short");
     }
 }
 
@@ -289,10 +267,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
                 for i in 0..m {
                     copy(l, &src.data[i * s..][..k], &mut dst[i * (k + GAP)..][..k]);
                 }
-                Left {
-                    data: dst,
-                    order: Order::Rows(k + GAP),
-                }
+                Left { data: dst, order: Order::Rows(k + GAP) }
             }
             _ => src,
         }

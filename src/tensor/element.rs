@@ -36,7 +36,7 @@ mod sealed {
     impl Sealed for half::f16 {}
 }
 
-/// A type that tensors can hold: `f32`, [`bf16`] or [`f16`]. All arithmetic is in `f32`.
+/// A type that tensors can hold: `f32`, [`bf16`] or [`f16`](struct@f16). All arithmetic is in `f32`.
 pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + Default {
     /// Its name.
     const DTYPE: DType;

@@ -144,11 +144,7 @@ impl<const N: usize> Layout<N> {
     pub(super) fn row_offset(&self, at: [usize; N]) -> usize {
         let mut offset = 0;
         for d in 0..N.saturating_sub(1) {
-            assert!(
-                at[d] < self.shape[d],
-                "index {at:?} outside of shape {:?}",
-                self.shape
-            );
+            assert!(at[d] < self.shape[d], "index {at:?} outside of shape {:?}", self.shape);
             offset += at[d] * self.strides[d];
         }
         offset
@@ -170,9 +166,6 @@ impl Layout<3> {
         }
         let rows = a.checked_mul(b);
         let rows = rows.ok_or_else(|| Error::layout("layout", "shape", "rows within usize", a))?;
-        Ok(Layout {
-            shape: [rows, c],
-            strides: [stride, sc],
-        })
+        Ok(Layout { shape: [rows, c], strides: [stride, sc] })
     }
 }

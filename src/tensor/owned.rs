@@ -78,9 +78,6 @@ fn aligned<T>(len: usize) -> Result<AVec<T, ConstAlign<64>>> {
     let mut data = AVec::new(64);
     match data.try_reserve_exact(len) {
         Ok(()) => Ok(data),
-        Err(_) => Err(Error::Alloc {
-            op: "tensor",
-            bytes: len * size_of::<T>(),
-        }),
+        Err(_) => Err(Error::Alloc { op: "tensor", bytes: len * size_of::<T>() }),
     }
 }

@@ -73,10 +73,7 @@ impl<'a, T, const N: usize> View<'a, T, N> {
 
     /// The same elements with the dimensions in another order; the innermost stays where it is.
     pub fn permute(self, axes: [usize; N]) -> Result<Self> {
-        Ok(Self {
-            data: self.data,
-            layout: self.layout.permuted(axes)?,
-        })
+        Ok(Self { data: self.data, layout: self.layout.permuted(axes)? })
     }
 
     /// The row at the given outer indices (the last entry is ignored). Panics outside of the shape.
@@ -90,9 +87,7 @@ impl<'a, T, const N: usize> View<'a, T, N> {
     /// All elements as one slice, if they lie one after the other.
     #[must_use]
     pub fn as_slice(&self) -> Option<&'a [T]> {
-        self.layout
-            .is_contiguous()
-            .then(|| &self.data[..self.layout.len()])
+        self.layout.is_contiguous().then(|| &self.data[..self.layout.len()])
     }
 
     /// The part `from..to` of one dimension. Panics if it is outside.
@@ -104,15 +99,8 @@ impl<'a, T, const N: usize> View<'a, T, N> {
             "slice {from}..{to} outside of dimension {axis}"
         );
         layout.shape[axis] = to - from;
-        let start = if layout.is_empty() {
-            0
-        } else {
-            from * layout.strides[axis]
-        };
-        Self {
-            data: &data[start..],
-            layout,
-        }
+        let start = if layout.is_empty() { 0 } else { from * layout.strides[axis] };
+        Self { data: &data[start..], layout }
     }
 }
 
@@ -124,18 +112,8 @@ impl<'a, T> View<'a, T, 4> {
         let [_, len, _, dim] = self.layout.shape;
         let [sb, sl, sh, sd] = self.layout.strides;
         assert!(batch < self.layout.shape[0] && head < self.layout.shape[2]);
-        let start = if len * dim == 0 {
-            0
-        } else {
-            batch * sb + head * sh
-        };
-        View {
-            data: &self.data[start..],
-            layout: Layout {
-                shape: [len, dim],
-                strides: [sl, sd],
-            },
-        }
+        let start = if len * dim == 0 { 0 } else { batch * sb + head * sh };
+        View { data: &self.data[start..], layout: Layout { shape: [len, dim], strides: [sl, sd] } }
     }
 }
 
@@ -143,10 +121,7 @@ impl<'a, T> View<'a, T, 3> {
     /// `[a * b, c]` of an `[a, b, c]` view whose rows all lie the same distance apart; [`Error::Layout`] for
     /// another one.
     pub fn merge_rows(self) -> Result<View<'a, T, 2>> {
-        Ok(View {
-            data: self.data,
-            layout: self.layout.merged()?,
-        })
+        Ok(View { data: self.data, layout: self.layout.merged()? })
     }
 }
 

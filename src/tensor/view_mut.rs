@@ -52,11 +52,7 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
 
     /// `layout` has been proven to lie inside `data` and to be injective.
     fn bind(data: &'a mut [T], layout: Layout<N>) -> Self {
-        Self {
-            ptr: data.as_mut_ptr(),
-            layout,
-            life: PhantomData,
-        }
+        Self { ptr: data.as_mut_ptr(), layout, life: PhantomData }
     }
 
     /// Extent of every dimension.
@@ -78,19 +74,12 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
 
     /// The same elements with the dimensions in another order; the innermost stays where it is.
     pub fn permute(self, axes: [usize; N]) -> Result<Self> {
-        Ok(Self {
-            layout: self.layout.permuted(axes)?,
-            ..self
-        })
+        Ok(Self { layout: self.layout.permuted(axes)?, ..self })
     }
 
     /// A view of the same elements for a shorter time.
     pub fn reborrow(&mut self) -> ViewMut<'_, T, N> {
-        ViewMut {
-            ptr: self.ptr,
-            layout: self.layout,
-            life: PhantomData,
-        }
+        ViewMut { ptr: self.ptr, layout: self.layout, life: PhantomData }
     }
 
     /// The row at the given outer indices (the last entry is ignored). Panics outside of the shape.
@@ -111,21 +100,10 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
         left.shape[axis] = mid;
         right.shape[axis] = n - mid;
         // An empty part touches nothing and keeps a pointer that is valid for sure.
-        let skip = if right.is_empty() {
-            0
-        } else {
-            mid * self.layout.strides[axis]
-        };
-        let make = |ptr, layout| Self {
-            ptr,
-            layout,
-            life: PhantomData,
-        };
+        let skip = if right.is_empty() { 0 } else { mid * self.layout.strides[axis] };
+        let make = |ptr, layout| Self { ptr, layout, life: PhantomData };
         // SAFETY: a non-empty right part begins at an element of this view.
-        (
-            make(self.ptr, left),
-            make(unsafe { self.ptr.add(skip) }, right),
-        )
+        (make(self.ptr, left), make(unsafe { self.ptr.add(skip) }, right))
     }
 }
 
@@ -141,11 +119,7 @@ impl<'a, T> ViewMut<'a, T, 3> {
     /// `[a * b, c]` of an `[a, b, c]` view whose rows all lie the same distance apart; [`Error::Layout`] for
     /// another one.
     pub fn merge_rows(self) -> Result<ViewMut<'a, T, 2>> {
-        Ok(ViewMut {
-            ptr: self.ptr,
-            layout: self.layout.merged()?,
-            life: PhantomData,
-        })
+        Ok(ViewMut { ptr: self.ptr, layout: self.layout.merged()?, life: PhantomData })
     }
 }
 
@@ -154,10 +128,7 @@ impl<'a, T> ViewMut<'a, T, 4> {
     /// otherwise).
     pub fn matrix_mut(&mut self, i: usize, j: usize) -> &mut [T] {
         let [.., rows, cols] = self.layout.shape;
-        assert!(
-            rows <= 1 || self.layout.strides[2] == cols,
-            "rows of a matrix lie apart"
-        );
+        assert!(rows <= 1 || self.layout.strides[2] == cols, "rows of a matrix lie apart");
         let offset = self.layout.row_offset([i, j, 0, 0]);
         // SAFETY: the layout was proven to lie inside the borrowed slice; `row_offset` checked the indices, and
         // rows `cols` apart make `rows * cols` adjacent elements.
@@ -173,10 +144,7 @@ impl<'a, T> ViewMut<'a, T, 4> {
         ViewMut {
             // SAFETY: a non-empty matrix begins at an element of this view.
             ptr: unsafe { self.ptr.add(if rows * cols == 0 { 0 } else { offset }) },
-            layout: Layout {
-                shape: [rows, cols],
-                strides: [outer, inner],
-            },
+            layout: Layout { shape: [rows, cols], strides: [outer, inner] },
             life: PhantomData,
         }
     }
@@ -191,18 +159,11 @@ impl<'a, T> ViewMut<'a, T, 4> {
             "head ({batch}, {head}) outside of {:?}",
             self.layout.shape
         );
-        let start = if len * dim == 0 {
-            0
-        } else {
-            batch * sb + head * sh
-        };
+        let start = if len * dim == 0 { 0 } else { batch * sb + head * sh };
         ViewMut {
             // SAFETY: a non-empty head begins at an element of this view.
             ptr: unsafe { self.ptr.add(start) },
-            layout: Layout {
-                shape: [len, dim],
-                strides: [sl, sd],
-            },
+            layout: Layout { shape: [len, dim], strides: [sl, sd] },
             life: PhantomData,
         }
     }

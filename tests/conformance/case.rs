@@ -15,9 +15,7 @@ impl Array {
     /// The shape, which must have `N` dimensions.
     pub fn shape<const N: usize>(&self) -> [usize; N] {
         let shape = self.shape.as_slice();
-        shape
-            .try_into()
-            .unwrap_or_else(|_| panic!("{shape:?} has not {N} dimensions"))
+        shape.try_into().unwrap_or_else(|_| panic!("{shape:?} has not {N} dimensions"))
     }
 
     /// Whole numbers, as ids and offsets are stored.
@@ -62,11 +60,7 @@ impl Case {
         }
         Ok(Self {
             path: path.to_owned(),
-            stem: path
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into(),
+            stem: path.file_stem().unwrap_or_default().to_string_lossy().into(),
             system: field("system")?.clone(),
             config,
             tolerance: tolerance.map_err(|e| format!("tolerance: {e}"))?,
@@ -87,8 +81,7 @@ impl Case {
 
     /// A tensor that the file must have.
     pub fn tensor(&self, name: &str) -> &Array {
-        self.get(name)
-            .unwrap_or_else(|| panic!("the file has no tensor `{name}`"))
+        self.get(name).unwrap_or_else(|| panic!("the file has no tensor `{name}`"))
     }
 
     /// A key of the config.

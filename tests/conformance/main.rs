@@ -20,10 +20,8 @@ use std::sync::Arc;
 
 fn main() {
     let args = Arguments::from_args();
-    let dir = std::env::var_os("LINATTN_CASES").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases"),
-        PathBuf::from,
-    );
+    let dir = std::env::var_os("LINATTN_CASES")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases"), PathBuf::from);
     let mut files: Vec<_> = std::fs::read_dir(&dir)
         .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
         .map(|entry| entry.expect("an entry of the folder").path())

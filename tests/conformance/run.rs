@@ -65,12 +65,7 @@ pub fn on_every_isa(case: &Case, system: System) -> Result<(), Failed> {
         let rt = runtime(isa);
         let errors = RefCell::default();
         for chunk in &hints {
-            let run = Run {
-                case,
-                rt: &rt,
-                chunk: *chunk,
-                errors: &errors,
-            };
+            let run = Run { case, rt: &rt, chunk: *chunk, errors: &errors };
             match catch_unwind(AssertUnwindSafe(|| system(&run))) {
                 Ok(Ok(())) => {}
                 Ok(Err(e)) => faults.push(format!("{isa}, chunk {chunk:?}: {e}")),
@@ -98,11 +93,7 @@ pub fn on_every_isa(case: &Case, system: System) -> Result<(), Failed> {
             faults.push(format!("{isa}: nothing was compared"));
         }
     }
-    if faults.is_empty() {
-        Ok(())
-    } else {
-        Err(faults.join("\n").into())
-    }
+    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n").into()) }
 }
 
 /// Appends a line to the file that `LINATTN_REPORT` names; one write each, so that tests do not interleave.

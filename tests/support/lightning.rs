@@ -61,6 +61,19 @@ impl Problem {
         [self.batch, self.len, self.heads(), self.dv]
     }
 
+    /// The first tokens of a call with one batch row.
+    pub fn start_of(&self, len: usize) -> Self {
+        assert_eq!(self.batch, 1, "batch rows");
+        let first = |x: &[f32], d: usize| x[..len * self.heads() * d].to_vec();
+        Self {
+            len,
+            q: first(&self.q, self.dk),
+            k: first(&self.k, self.dk),
+            v: first(&self.v, self.dv),
+            ..self.clone()
+        }
+    }
+
     pub fn op(&self) -> LightningAttention {
         let op = match self.chunk {
             Some(chunk) => LightningAttention::with_chunk(&self.slopes, chunk),
@@ -91,8 +104,7 @@ impl Problem {
             let [q, k, v] = [q, k, v].map(|x| x.slice(1, at, at + n));
             let out = ViewMut::new(&mut out, self.vo()).expect("a tensor");
             let out = out.slice(1, at, at + n);
-            op.forward(rt, q, k, v, out, &mut state)
-                .expect("a good call");
+            op.forward(rt, q, k, v, out, &mut state).expect("a good call");
             at += n;
         }
         assert_eq!((at, state.len()), (self.len, self.len), "tokens");
@@ -138,11 +150,7 @@ impl Problem {
                     let row = |t| x[at(t)..at(t) + d].iter().copied().map(f64::from);
                     (0..self.len).flat_map(row).collect()
                 };
-                let (q, k, v) = (
-                    rows(&self.q, self.dk),
-                    rows(&self.k, self.dk),
-                    rows(&self.v, dv),
-                );
+                let (q, k, v) = (rows(&self.q, self.dk), rows(&self.k, self.dk), rows(&self.v, dv));
                 let size = self.dk * dv;
                 let state = &mut states[(b * h_all + h) * size..][..size];
                 let (slope, scale) = (self.slopes[h], f64::from(self.scale));

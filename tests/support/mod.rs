@@ -26,10 +26,7 @@ pub fn with_threads(isa: Isa, threads: Option<usize>) -> Runtime {
     let rt = builder.build().expect("a detected instruction set");
     assert_eq!(rt.isa(), isa, "another instruction set was taken");
     let kernel = rt.kernel();
-    assert!(
-        kernel.contains(isa.name()),
-        "{kernel} does not run {isa}, it seems"
-    );
+    assert!(kernel.contains(isa.name()), "{kernel} does not run {isa}, it seems");
     rt
 }
 
@@ -54,11 +51,7 @@ pub fn rel_err(got: &[f32], want: &[f64]) -> f64 {
     let norm: f64 = want.iter().copied().map(square).sum();
     let pairs = got.iter().zip(want);
     let diff: f64 = pairs.map(|(g, w)| square(f64::from(*g) - w)).sum();
-    let err = if norm > 0.0 {
-        (diff / norm).sqrt()
-    } else {
-        diff.sqrt()
-    };
+    let err = if norm > 0.0 { (diff / norm).sqrt() } else { diff.sqrt() };
     if err.is_finite() { err } else { f64::INFINITY }
 }
 

@@ -66,17 +66,9 @@ impl LightningAttention {
     pub fn with_chunk(slopes: &[f64], chunk: usize) -> Result<Self> {
         let chunk = chunk.clamp(1, MAX_CHUNK);
         if let Some(bad) = slopes.iter().find(|s| s.is_nan() || **s < 0.0) {
-            return Err(Error::value(
-                "lightning attention",
-                "slopes",
-                "0 or positive",
-                bad,
-            ));
+            return Err(Error::value("lightning attention", "slopes", "0 or positive", bad));
         }
-        let tables = slopes
-            .iter()
-            .map(|s| DecayTable::new(s.abs(), chunk))
-            .collect();
+        let tables = slopes.iter().map(|s| DecayTable::new(s.abs(), chunk)).collect();
         Ok(Self { tables, scale: 1.0 })
     }
 
@@ -86,12 +78,7 @@ impl LightningAttention {
     /// [`Error::Value`] if it is not finite.
     pub fn with_scale(mut self, scale: f32) -> Result<Self> {
         if !scale.is_finite() {
-            return Err(Error::value(
-                "lightning attention",
-                "scale",
-                "finite",
-                scale,
-            ));
+            return Err(Error::value("lightning attention", "scale", "finite", scale));
         }
         self.scale = scale;
         Ok(self)
@@ -138,6 +125,7 @@ impl LightningAttention {
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Value`] if `cu_seqlens` does not rise from 0 to `len`.
+    #[expect(clippy::too_many_arguments, reason = "those of `forward` and where sequences end")]
     pub fn forward_packed<E: Element>(
         &self,
         rt: &Runtime,
@@ -155,12 +143,7 @@ impl LightningAttention {
         let rises = cu_seqlens.windows(2).all(|w| w[0] <= w[1]);
         if !rises || cu_seqlens.first() != Some(&0) || cu_seqlens.last() != Some(&len) {
             let expected = alloc::format!("rising from 0 to {len}");
-            return Err(Error::value(
-                OP,
-                "cu_seqlens",
-                expected,
-                alloc::format!("{cu_seqlens:?}"),
-            ));
+            return Err(Error::value(OP, "cu_seqlens", expected, alloc::format!("{cu_seqlens:?}")));
         }
         let ([.., dk], [.., dv]) = (q.shape(), v.shape());
         state.expect(OP, [cu_seqlens.len() - 1, self.heads(), dk, dv])?;
@@ -169,13 +152,7 @@ impl LightningAttention {
         for (s, w) in cu_seqlens.windows(2).enumerate() {
             let [q, k, v] = [q, k, v].map(|x| x.slice(1, w[0], w[1]));
             let out = out.reborrow().slice(1, w[0], w[1]);
-            task::run(
-                rt,
-                self,
-                [q, k, v],
-                out,
-                states.reborrow().slice(0, s, s + 1),
-            )?;
+            task::run(rt, self, [q, k, v], out, states.reborrow().slice(0, s, s + 1))?;
         }
         state.advance(len);
         Ok(())
@@ -199,13 +176,7 @@ impl LightningAttention {
             return Err(Error::shape(OP, "q", expected, q.shape()));
         }
         expect_shape(OP, "k", letters, [batch, len, heads, dk], k.shape())?;
-        expect_shape(
-            OP,
-            "v",
-            letters,
-            [batch, len, heads, v.shape()[3]],
-            v.shape(),
-        )?;
+        expect_shape(OP, "v", letters, [batch, len, heads, v.shape()[3]], v.shape())?;
         expect_shape(OP, "out", letters, v.shape(), out.shape())?;
         Ok(q.shape())
     }

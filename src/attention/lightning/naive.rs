@@ -16,17 +16,13 @@ pub fn head(
     scale: f64,
     state: &mut [f64],
 ) -> Vec<f64> {
-    let n = if dv > 0 { v.len() / dv } else { 0 };
+    let n = v.len().checked_div(dv).unwrap_or(0);
     let lambda = libm::exp(-slope);
     let mut out = vec![0.0; n * dv];
     for t in 0..n {
         for i in 0..dk {
             for j in 0..dv {
-                let kept = if slope == f64::INFINITY {
-                    0.0
-                } else {
-                    lambda * state[i * dv + j]
-                };
+                let kept = if slope == f64::INFINITY { 0.0 } else { lambda * state[i * dv + j] };
                 state[i * dv + j] = kept + k[t * dk + i] * v[t * dv + j];
                 out[t * dv + j] += scale * q[t * dk + i] * state[i * dv + j];
             }

@@ -39,33 +39,23 @@ impl SlopeSchedule {
             return Err(Error::value(OP, "heads", "at least 1", heads));
         }
         if layer >= layers {
-            return Err(Error::value(
-                OP,
-                "layer",
-                alloc::format!("below {layers}"),
-                layer,
-            ));
+            return Err(Error::value(OP, "layer", alloc::format!("below {layers}"), layer));
         }
         let (l, n, h_all) = (layer as f64, layers as f64, heads as f64);
         let geometric = |h: usize| libm::exp2(-8.0 * (h as f64 + 1.0) / h_all);
         Ok(match self {
             Self::Hf => {
                 let depth = if layers == 1 { 0.0 } else { l / (n - 1.0) };
-                alibi(heads)
-                    .into_iter()
-                    .map(|s| s * (1.0 - depth + 1e-5))
-                    .collect()
+                alibi(heads).into_iter().map(|s| s * (1.0 - depth + 1e-5)).collect()
             }
-            Self::Paper => (0..heads)
-                .map(|h| 8.0 * h as f64 / h_all * (1.0 - l / n))
-                .collect(),
+            Self::Paper => (0..heads).map(|h| 8.0 * h as f64 / h_all * (1.0 - l / n)).collect(),
             Self::MiniMax => {
                 let factor = 1.0 - l / (n - 1.0 + 1e-5) + 1e-5;
                 (0..heads).map(|h| geometric(h) * factor).collect()
             }
-            Self::RetNet => (0..heads)
-                .map(|h| -libm::log1p(-libm::exp2(-5.0 - h as f64)))
-                .collect(),
+            Self::RetNet => {
+                (0..heads).map(|h| -libm::log1p(-libm::exp2(-5.0 - h as f64))).collect()
+            }
         })
     }
 }
@@ -78,8 +68,5 @@ fn alibi(heads: usize) -> Vec<f64> {
         return geometric(heads).collect();
     }
     let below = 1usize << heads.ilog2();
-    geometric(below)
-        .chain(geometric(2 * below).step_by(2))
-        .take(heads)
-        .collect()
+    geometric(below).chain(geometric(2 * below).step_by(2)).take(heads).collect()
 }

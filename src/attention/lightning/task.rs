@@ -6,9 +6,8 @@
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::chunk::{
-    Advance, Ahead, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace,
-};
+use crate::kernels::ahead::Ahead;
+use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime, divide};
@@ -22,7 +21,7 @@ const RECURRENT: usize = 3;
 /// Bytes of states that are advanced together: they and a chunk's buffers stay in the second cache level.
 const RESIDENT: usize = 1 << 20;
 /// Chunks whose scores are formed ahead when a head is shared between threads.
-const AHEAD: usize = 64;
+const AHEAD: usize = 32;
 
 /// Some heads, or some batch rows, of a call.
 struct Job<'a, E> {
@@ -40,11 +39,7 @@ impl<'a, E: Element> Job<'a, E> {
     fn shape(&self) -> ChunkShape {
         let ([.., dk], [.., dv]) = (self.q.shape(), self.v.shape());
         let longest = self.tables.first().map_or(1, DecayTable::chunk);
-        ChunkShape {
-            chunk: longest.min(self.q.shape()[1]).max(1),
-            dk,
-            dv,
-        }
+        ChunkShape { chunk: longest.min(self.q.shape()[1]).max(1), dk, dv }
     }
 
     fn head(&self, b: usize, h: usize) -> Head<'a, E> {
@@ -76,11 +71,7 @@ impl<'a, E: Element> Job<'a, E> {
 
 impl<E: Element> Divide for Job<'_, E> {
     fn units(&self) -> usize {
-        if self.by_batch {
-            self.q.shape()[0]
-        } else {
-            self.tables.len()
-        }
+        if self.by_batch { self.q.shape()[0] } else { self.tables.len() }
     }
 
     fn flops(&self) -> usize {
@@ -92,11 +83,8 @@ impl<E: Element> Divide for Job<'_, E> {
         let (axis, n) = (if self.by_batch { 0 } else { 2 }, self.units());
         let (out_a, out_b) = self.out.split_at(axis, mid);
         let (state_a, state_b) = self.state.split_at(axis.min(1), mid);
-        let (tables_a, tables_b) = if self.by_batch {
-            (self.tables, self.tables)
-        } else {
-            self.tables.split_at(mid)
-        };
+        let (tables_a, tables_b) =
+            if self.by_batch { (self.tables, self.tables) } else { self.tables.split_at(mid) };
         let part = |from, to, out, state, tables| Job {
             q: self.q.slice(axis, from, to),
             k: self.k.slice(axis, from, to),
@@ -107,10 +95,7 @@ impl<E: Element> Divide for Job<'_, E> {
             scale: self.scale,
             by_batch: self.by_batch,
         };
-        (
-            part(0, mid, out_a, state_a, tables_a),
-            part(mid, n, out_b, state_b, tables_b),
-        )
+        (part(0, mid, out_a, state_a, tables_a), part(mid, n, out_b, state_b, tables_b))
     }
 }
 
@@ -154,28 +139,16 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
         for first in (0..heads).step_by(group) {
             let last = heads.min(first + group);
             for (h, panels) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
-                b.call(ToPanels {
-                    state: job.state.matrix_mut(n, h),
-                    dv: shape.dv,
-                    panels,
-                });
+                b.call(ToPanels { state: job.state.matrix_mut(n, h), dv: shape.dv, panels });
             }
             for at in (0..len).step_by(shape.chunk) {
                 let rows = shape.chunk.min(len - at);
                 for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
                     let head = job.head(n, h);
                     let work = &mut work;
-                    let (next, start) = if h + 1 < last {
-                        (h + 1, at)
-                    } else {
-                        (first, at + rows)
-                    };
-                    let ahead = &mut Ahead::new(
-                        &job.head(n, next),
-                        &job.out.head_mut(n, next),
-                        start,
-                        shape.chunk.min(len - start),
-                    );
+                    let (next, start) = if h + 1 < last { (h + 1, at) } else { (first, at + rows) };
+                    let ahead =
+                        &mut shape.ahead(&job.head(n, next), &job.out.head_mut(n, next), start);
                     b.call(Scores {
                         head,
                         at,
@@ -186,17 +159,7 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                         ahead,
                     });
                     let out = job.out.head_mut(n, h);
-                    b.call(Advance {
-                        head,
-                        at,
-                        rows,
-                        work,
-                        scores,
-                        stride,
-                        out,
-                        state,
-                        ahead,
-                    });
+                    b.call(Advance { head, at, rows, work, scores, stride, out, state, ahead });
                 }
             }
             for (h, panels) in (first..last).zip(states.chunks_exact(shape.state_len())) {
@@ -228,13 +191,8 @@ impl<E: Element> Divide for ScoreJob<'_, E> {
     fn split(self, mid: usize) -> (Self, Self) {
         let (a, b) = self.scores.split_at_mut(mid * self.shape.score_len());
         let border = self.at + mid * self.shape.chunk;
-        let part = |at, end, scores| ScoreJob {
-            head: self.head,
-            shape: self.shape,
-            at,
-            end,
-            scores,
-        };
+        let part =
+            |at, end, scores| ScoreJob { head: self.head, shape: self.shape, at, end, scores };
         (part(self.at, border, a), part(border, self.end, b))
     }
 }
@@ -263,10 +221,7 @@ impl<E: Element> Divide for ColumnJob<'_, E> {
         let (out_a, out_b) = self.out.split_at(1, border);
         let (state_a, state_b) = self.state.split_at_mut(border * self.shape.dk);
         let part = |from, to, out, state| ColumnJob {
-            head: Head {
-                v: self.head.v.slice(1, from, to),
-                ..self.head
-            },
+            head: Head { v: self.head.v.slice(1, from, to), ..self.head },
             shape: self.shape,
             at: self.at,
             end: self.end,
@@ -274,10 +229,7 @@ impl<E: Element> Divide for ColumnJob<'_, E> {
             out,
             state,
         };
-        (
-            part(0, border, out_a, state_a),
-            part(border, dv, out_b, state_b),
-        )
+        (part(0, border, out_a, state_a), part(border, dv, out_b, state_b))
     }
 }
 
@@ -290,21 +242,11 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
     let workspaces = scratch.take::<u8>(parts * per_part);
     let stride = shape.score_stride();
     for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
-        b.call(ToPanels {
-            state: job.state.matrix_mut(n, h),
-            dv: shape.dv,
-            panels: &mut *panels,
-        });
+        b.call(ToPanels { state: job.state.matrix_mut(n, h), dv: shape.dv, panels: &mut *panels });
         let head = job.head(n, h);
         for at in (0..len).step_by(AHEAD * shape.chunk) {
             let end = len.min(at + AHEAD * shape.chunk);
-            let ahead = ScoreJob {
-                head,
-                shape,
-                at,
-                end,
-                scores: &mut *scores,
-            };
+            let ahead = ScoreJob { head, shape, at, end, scores: &mut *scores };
             divide(
                 ahead,
                 parts,
@@ -316,28 +258,12 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                     for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
                         let rows = shape.chunk.min(part.end - at);
                         let ahead = &mut Ahead::none();
-                        b.call(Scores {
-                            head,
-                            at,
-                            rows,
-                            work: &mut work,
-                            scores,
-                            stride,
-                            ahead,
-                        });
+                        b.call(Scores { head, at, rows, work: &mut work, scores, stride, ahead });
                     }
                 },
             );
             let out = job.out.head_mut(n, h);
-            let columns = ColumnJob {
-                head,
-                shape,
-                at,
-                end,
-                scores,
-                out,
-                state: &mut *panels,
-            };
+            let columns = ColumnJob { head, shape, at, end, scores, out, state: &mut *panels };
             divide(
                 columns,
                 parts,
@@ -348,8 +274,7 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                     let chunks = part.scores.chunks_exact(shape.score_len());
                     for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
                         let (rows, head) = (shape.chunk.min(part.end - at), part.head);
-                        let next = shape.chunk.min(part.end - at - rows);
-                        let ahead = &mut Ahead::new(&head, &part.out, at + rows, next);
+                        let ahead = &mut shape.ahead(&head, &part.out, at + rows);
                         let (out, state) = (part.out.reborrow(), &mut *part.state);
                         b.call(Advance {
                             head,
@@ -366,10 +291,7 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                 },
             );
         }
-        b.call(FromPanels {
-            panels,
-            state: job.state.reborrow().head_rows(n, h),
-        });
+        b.call(FromPanels { panels, state: job.state.reborrow().head_rows(n, h) });
     }
 }
 
@@ -403,7 +325,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             let bytes = bytes_of::<f32>(shape.state_len())
                 + bytes_of::<f32>(AHEAD * shape.score_len())
                 + bytes_of::<u8>(parts * shape.workspace_bytes::<B>());
-            return rt.with_scratch(bytes, |cut| shared(b, job, parts, cut));
+            return rt.with_scratch(bytes, |cut| rt.enter(|| shared(b, job, parts, cut)));
         }
         let bytes = job.bytes::<B>();
         rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))
@@ -426,16 +348,7 @@ pub(super) fn run<E: Element>(
     let by_batch = heads < rt.threads() && heads < batch;
     rt.run(Forward {
         rt,
-        job: Job {
-            q,
-            k,
-            v,
-            out,
-            state,
-            tables: &op.tables,
-            scale: op.scale,
-            by_batch,
-        },
+        job: Job { q, k, v, out, state, tables: &op.tables, scale: op.scale, by_batch },
     })
 }
 
@@ -446,11 +359,7 @@ pub(super) fn scratch_bytes(rt: &Runtime, op: &LightningAttention, dk: usize, dv
         type Output = usize;
         fn run<B: Backend>(self, _: B) -> usize {
             let chunk = self.0.tables.first().map_or(1, DecayTable::chunk);
-            let shape = ChunkShape {
-                chunk,
-                dk: self.1,
-                dv: self.2,
-            };
+            let shape = ChunkShape { chunk, dk: self.1, dv: self.2 };
             let group = (RESIDENT / bytes_of::<f32>(shape.state_len()).max(1))
                 .clamp(1, self.0.heads().max(1));
             bytes_of::<f32>(group * shape.state_len())

@@ -95,15 +95,7 @@ impl Group {
                 let ahead = [k, v].map(|x| Part::of(x.head(n, next), then));
                 work.ahead = Ahead::new(ahead, self.shape.absorb_rows());
                 let (k, v, work) = (k.head(n, h), v.head(n, h), &mut *work);
-                b.call(Absorb {
-                    form,
-                    k,
-                    v,
-                    rows,
-                    work,
-                    state,
-                    z,
-                });
+                b.call(Absorb { form, k, v, rows, work, state, z });
             }
         }
     }
@@ -127,21 +119,11 @@ impl Group {
                 let (state, z) = sums.split_at(self.shape.state_len());
                 let z = &z[..self.shape.dk];
                 let (next, then) = self.next(h, rows, BLOCK);
-                let ahead = [
-                    Part::of(q.head(n, next), then),
-                    Part::of_mut(&out.head_mut(n, next), then),
-                ];
+                let ahead =
+                    [Part::of(q.head(n, next), then), Part::of_mut(&out.head_mut(n, next), then)];
                 work.ahead = Ahead::new(ahead, self.shape.read_rows(rows[1]));
                 let (q, out, work) = (q.head(n, h), out.head_mut(n, h), &mut *work);
-                b.call(Read {
-                    form,
-                    q,
-                    rows,
-                    work,
-                    state,
-                    z,
-                    out,
-                });
+                b.call(Read { form, q, rows, work, state, z, out });
             }
         }
     }
@@ -166,17 +148,7 @@ impl Group {
                 work.ahead = Ahead::new([k_next, q_next, v_next, out_next], tiles);
                 let [q, k, v] = [q, k, v].map(|x| x.head(n, h));
                 let (work, out) = (&mut *work, out.head_mut(n, h));
-                b.call(Chunk {
-                    form,
-                    q,
-                    k,
-                    v,
-                    rows,
-                    work,
-                    state,
-                    z,
-                    out,
-                });
+                b.call(Chunk { form, q, k, v, rows, work, state, z, out });
             }
         }
     }

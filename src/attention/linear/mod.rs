@@ -60,21 +60,13 @@ impl LinearAttention {
     /// Every query reads all keys; outputs are normalised with `eps = 1e-6`, and `scale` is 1.
     #[must_use]
     pub const fn new(map: FeatureMap) -> Self {
-        Self {
-            map,
-            scale: Scale::One,
-            eps: Some(1e-6),
-            causal: false,
-        }
+        Self { map, scale: Scale::One, eps: Some(1e-6), causal: false }
     }
 
     /// Query `i` reads keys `j <= i`.
     #[must_use]
     pub fn causal(self) -> Self {
-        Self {
-            causal: true,
-            ..self
-        }
+        Self { causal: true, ..self }
     }
 
     /// What is added to the normaliser; without one the output is `scale phi(q) S`.
@@ -87,10 +79,7 @@ impl LinearAttention {
                 Err(Error::value(OP, "eps", "0 or a positive normal number", e))
             }
             // Not the negative zero.
-            _ => Ok(Self {
-                eps: eps.map(f32::abs),
-                ..self
-            }),
+            _ => Ok(Self { eps: eps.map(f32::abs), ..self }),
         }
     }
 
@@ -99,10 +88,7 @@ impl LinearAttention {
     /// # Errors
     /// [`Error::Value`] if it is not finite.
     pub fn with_scale(self, scale: Scale) -> Result<Self> {
-        Ok(Self {
-            scale: scale.check(OP)?,
-            ..self
-        })
+        Ok(Self { scale: scale.check(OP)?, ..self })
     }
 
     /// Attends over more tokens of every batch row.
@@ -126,45 +112,16 @@ impl LinearAttention {
         let [batch, lq, heads, dk] = q.shape();
         let ([_, lk, ..], [.., dv]) = (k.shape(), v.shape());
         let keys = if self.causal { lq } else { lk };
-        expect_shape(
-            OP,
-            "k",
-            "[batch, lk, heads, dk]",
-            [batch, keys, heads, dk],
-            k.shape(),
-        )?;
-        expect_shape(
-            OP,
-            "v",
-            "[batch, lk, heads, dv]",
-            [batch, keys, heads, dv],
-            v.shape(),
-        )?;
-        expect_shape(
-            OP,
-            "out",
-            "[batch, lq, heads, dv]",
-            [batch, lq, heads, dv],
-            out.shape(),
-        )?;
-        let form = Form {
-            map: self.map,
-            scale: self.scale.of(dk),
-            eps: self.eps,
-        };
+        expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
+        expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
+        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
+        let form = Form { map: self.map, scale: self.scale.of(dk), eps: self.eps };
         let Some(state) = state else {
             return task::run(rt, form, self.causal, [q, k, v], out, None);
         };
         state.expect(OP, [batch, heads, dk, dv])?;
         state.room(OP, lk)?;
-        task::run(
-            rt,
-            form,
-            self.causal,
-            [q, k, v],
-            out,
-            Some(state.views_mut()),
-        )?;
+        task::run(rt, form, self.causal, [q, k, v], out, Some(state.views_mut()))?;
         state.advance(lk);
         Ok(())
     }

@@ -68,10 +68,7 @@ impl<E: Element> Divide for ReadJob<'_, E> {
     fn split(self, mid: usize) -> (Self, Self) {
         let (at, lq) = (mid * BLOCK, self.q.shape()[1]);
         let (near, far) = self.out.split_at(1, at);
-        let part = |from, to, out| ReadJob {
-            q: self.q.slice(1, from, to),
-            out,
-        };
+        let part = |from, to, out| ReadJob { q: self.q.slice(1, from, to), out };
         (part(0, at, near), part(at, lq, far))
     }
 }
@@ -89,28 +86,15 @@ pub(super) fn run<B: Backend, E: Element>(
     let ([batch, _, heads, dk], [_, lk, _, dv]) = (q.shape(), v.shape());
     let shape = LinearShape { dk, dv };
     let (one, per_part) = (heads * sums_len(shape), shape.bytes::<B>());
-    let (totals, sums) = (
-        scratch.take::<f32>(one),
-        scratch.take::<f32>(ahead(lk) * one),
-    );
+    let (totals, sums) = (scratch.take::<f32>(one), scratch.take::<f32>(ahead(lk) * one));
     let workspaces = scratch.take::<u8>(parts * per_part);
     let segments = lk.div_ceil(SEGMENT);
     for batch in 0..batch {
-        let group = Group {
-            form,
-            shape,
-            batch,
-            first: 0,
-            count: heads,
-        };
+        let group = Group { form, shape, batch, first: 0, count: heads };
         group.load(b, &mut states, totals);
         for at in (0..segments).step_by(ahead(lk)) {
             let sums = &mut sums[..ahead(lk).min(segments - at) * one];
-            let job = SegmentJob {
-                at,
-                one,
-                sums: &mut *sums,
-            };
+            let job = SegmentJob { at, one, sums: &mut *sums };
             divide(
                 job,
                 parts,
@@ -126,10 +110,7 @@ pub(super) fn run<B: Backend, E: Element>(
                 },
             );
             for part in sums.chunks_exact(one) {
-                b.call(Combine {
-                    total: &mut *totals,
-                    part,
-                });
+                b.call(Combine { total: &mut *totals, part });
             }
         }
         let q = q.slice(0, batch, batch + 1);

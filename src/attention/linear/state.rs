@@ -15,10 +15,7 @@ pub struct LinearState {
 impl LinearState {
     /// A state that has seen nothing. An [`Error`](crate::Error) if the memory cannot be had.
     pub fn new(batch: usize, heads: usize, dk: usize, dv: usize) -> Result<Self> {
-        Ok(Self {
-            kv: State::new(batch, heads, dk, dv)?,
-            z: Tensor::zeros([batch, heads, 1, dk])?,
-        })
+        Ok(Self { kv: State::new(batch, heads, dk, dv)?, z: Tensor::zeros([batch, heads, 1, dk])? })
     }
 
     /// A state with given contents after `len` tokens: `kv` row-major `[batch, heads, dk, dv]`, `z`

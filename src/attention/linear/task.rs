@@ -73,19 +73,9 @@ impl<E: Element> Divide for Job<'_, E> {
         let (q, k, v) = (self.q, self.k, self.v);
         let part = |from, to, out, states| {
             let [q, k, v] = [q, k, v].map(|x| x.slice(axis, from, to));
-            Job {
-                q,
-                k,
-                v,
-                out,
-                states,
-                ..self
-            }
+            Job { q, k, v, out, states, ..self }
         };
-        (
-            part(0, mid, near, near_states),
-            part(mid, n, far, far_states),
-        )
+        (part(0, mid, near, near_states), part(mid, n, far, far_states))
     }
 }
 
@@ -108,17 +98,7 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
         for at in 0..len {
             let (rows, out) = (rows.each_mut().map(|r| &mut **r), job.out.head_mut(n, h));
             let (state, z) = (&mut *state, &mut *z);
-            b.call(Token {
-                form,
-                q,
-                k,
-                v,
-                at,
-                rows,
-                state,
-                z,
-                out,
-            });
+            b.call(Token { form, q, k, v, at, rows, state, z, out });
         }
     }
 }
@@ -128,21 +108,12 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
     let ([batch, _, heads, _], [_, lk, ..]) = (job.q.shape(), job.k.shape());
     let (shape, form, one) = (job.shape(), job.form, sums_len(job.shape()));
     let most = group_len(shape, heads);
-    let (totals, sums) = (
-        scratch.take::<f32>(most * one),
-        scratch.take::<f32>(most * one),
-    );
+    let (totals, sums) = (scratch.take::<f32>(most * one), scratch.take::<f32>(most * one));
     let mut work = LinearWork::<B>::new(shape, &mut scratch);
     let groups = (0..batch).flat_map(|n| (0..heads).step_by(most).map(move |h| (n, h)));
     for (batch, first) in groups {
         let count = most.min(heads - first);
-        let group = Group {
-            form,
-            shape,
-            batch,
-            first,
-            count,
-        };
+        let group = Group { form, shape, batch, first, count };
         let (totals, sums) = (&mut totals[..count * one], &mut sums[..count * one]);
         group.load(b, &mut job.states, totals);
         if job.causal {
@@ -152,10 +123,7 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                 sums.fill(0.0);
                 let keys = [from, SEGMENT.min(lk - from)];
                 group.absorb(b, [job.k, job.v], keys, sums, &mut work);
-                b.call(Combine {
-                    total: &mut *totals,
-                    part: &*sums,
-                });
+                b.call(Combine { total: &mut *totals, part: &*sums });
             }
             group.read(b, job.q, totals, &mut work, job.out.reborrow());
         }
@@ -190,25 +158,14 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             return Ok(());
         }
         if job.causal && lq <= RECURRENT {
-            let bytes = [dk * dv, dk, dk, dk, dv, dv]
-                .map(bytes_of::<f32>)
-                .iter()
-                .sum();
+            let bytes = [dk * dv, dk, dk, dk, dv, dv].map(bytes_of::<f32>).iter().sum();
             return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
         }
         let threads = rt.threads();
         let even = |n: usize| n.is_multiple_of(threads) || n >= 8 * threads;
         if !job.causal && !even(heads) && !even(batch) {
             let bytes = shared::bytes::<B>(shape, heads, lk, threads);
-            let Job {
-                q,
-                k,
-                v,
-                out,
-                states,
-                form,
-                ..
-            } = job;
+            let Job { q, k, v, out, states, form, .. } = job;
             return rt.with_scratch(bytes, |cut| {
                 shared::run(b, form, [q, k, v], out, states, threads, cut);
             });
@@ -230,19 +187,7 @@ pub(super) fn run<E: Element>(
     let ([batch, _, heads, _], threads) = (q.shape(), rt.threads());
     let by_batch =
         !heads.is_multiple_of(threads) && (batch.is_multiple_of(threads) || heads < batch);
-    rt.run(Forward {
-        rt,
-        job: Job {
-            q,
-            k,
-            v,
-            out,
-            states,
-            form,
-            causal,
-            by_batch,
-        },
-    })
+    rt.run(Forward { rt, job: Job { q, k, v, out, states, form, causal, by_batch } })
 }
 
 /// Scratch of one part of a long call.

@@ -48,26 +48,16 @@ impl<E: Element> Job<'_, E> {
 
     /// Work of the first `n` queries, in keys seen, counted step by step.
     fn work(&self, n: usize) -> usize {
-        let seen = |i: usize| {
-            self.limit(i)
-                .saturating_add(KEYS)
-                .saturating_mul(self.step())
-        };
-        (0..n)
-            .step_by(self.step())
-            .map(seen)
-            .fold(0, usize::saturating_add)
+        let seen = |i: usize| self.limit(i).saturating_add(KEYS).saturating_mul(self.step());
+        (0..n).step_by(self.step()).map(seen).fold(0, usize::saturating_add)
     }
 
     /// The number of queries whose work is nearest to `work`, a multiple of the step.
     fn border(&self, work: usize) -> usize {
         let (mut done, mut at, lq) = (0usize, 0, self.q.shape()[1]);
         while at < lq && done < work {
-            done = done.saturating_add(
-                self.limit(at)
-                    .saturating_add(KEYS)
-                    .saturating_mul(self.step()),
-            );
+            done = done
+                .saturating_add(self.limit(at).saturating_add(KEYS).saturating_mul(self.step()));
             at += self.step();
         }
         at.min(lq)
@@ -85,9 +75,7 @@ impl<E: Element> Divide for Job<'_, E> {
 
     fn flops(&self) -> usize {
         let ([b, lq, h, dk], [_, lk, _, dv]) = (self.q.shape(), self.v.shape());
-        [b, lq, h, lk, dk.saturating_add(dv)]
-            .iter()
-            .fold(2, |a: usize, n| a.saturating_mul(*n))
+        [b, lq, h, lk, dk.saturating_add(dv)].iter().fold(2, |a: usize, n| a.saturating_mul(*n))
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
@@ -98,10 +86,7 @@ impl<E: Element> Divide for Job<'_, E> {
         };
         let (out_a, out_b) = self.out.split_at(axis, at);
         let part = |from, to, kv_from, kv_to, out| {
-            let Extra {
-                mut key_mask,
-                mut bias,
-            } = self.extra;
+            let Extra { mut key_mask, mut bias } = self.extra;
             let (mut k, mut v, mut offset) = (self.k, self.v, self.offset);
             match self.axis {
                 Axis::Batch => key_mask = key_mask.map(|m| m.slice(0, from, to)),
@@ -115,15 +100,7 @@ impl<E: Element> Divide for Job<'_, E> {
                 (k, v) = (k.slice(axis, kv_from, kv_to), v.slice(axis, kv_from, kv_to));
             }
             let extra = Extra { key_mask, bias };
-            Job {
-                q: self.q.slice(axis, from, to),
-                k,
-                v,
-                out,
-                extra,
-                offset,
-                ..self
-            }
+            Job { q: self.q.slice(axis, from, to), k, v, out, extra, offset, ..self }
         };
         let (n, kv) = (self.q.shape()[axis], self.k.shape()[axis]);
         (part(0, at, 0, mid, out_a), part(at, n, mid, kv, out_b))

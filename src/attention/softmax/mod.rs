@@ -67,10 +67,7 @@ impl SoftmaxAttention {
     /// Every query sees every key; scores are scaled by `dk^-1/2`.
     #[must_use]
     pub const fn new() -> Self {
-        Self {
-            scale: Scale::InvSqrtDim,
-            mask: Mask::Full,
-        }
+        Self { scale: Scale::InvSqrtDim, mask: Mask::Full }
     }
 
     /// Another factor of the scores.
@@ -78,10 +75,7 @@ impl SoftmaxAttention {
     /// # Errors
     /// [`Error::Value`] if it is not finite.
     pub fn with_scale(self, scale: Scale) -> Result<Self> {
-        Ok(Self {
-            scale: scale.check(OP)?,
-            ..self
-        })
+        Ok(Self { scale: scale.check(OP)?, ..self })
     }
 
     /// Which keys a query sees.
@@ -127,11 +121,7 @@ impl SoftmaxAttention {
         let [.., dv] = v.shape();
         let letters = "[batch, lk, kv_heads, dk]";
         expect_shape(OP, "k", letters, [batch, lk, kv_heads, dk], k.shape())?;
-        let fits = if kv_heads == 0 {
-            heads == 0
-        } else {
-            heads % kv_heads == 0
-        };
+        let fits = if kv_heads == 0 { heads == 0 } else { heads % kv_heads == 0 };
         if !fits {
             let expected = alloc::format!("a number of kv_heads that divides {heads} heads");
             return Err(Error::shape(OP, "k", expected, k.shape()));
@@ -150,14 +140,7 @@ impl SoftmaxAttention {
         if batch == 0 || lq == 0 || heads == 0 || dv == 0 {
             return Ok(());
         }
-        tiled::run(
-            rt,
-            [q, k, v],
-            out,
-            extra,
-            self.scale.of(dk),
-            self.mask.offset(lq, lk),
-        )
+        tiled::run(rt, [q, k, v], out, extra, self.scale.of(dk), self.mask.offset(lq, lk))
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most.

@@ -27,12 +27,7 @@ const FEW: usize = 8;
 fn shape_of<E: Element>(job: &Job<'_, E>) -> Shape {
     let ([_, lq, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
     let rows = lq.saturating_mul(heads).min(SPAN);
-    Shape {
-        rows,
-        dk,
-        dv,
-        few: job.few,
-    }
+    Shape { rows, dk, dv, few: job.few }
 }
 
 /// Rows `first .. first + rows` of the group that shares key head `kv` of batch row `batch`.
@@ -50,12 +45,7 @@ impl Span {
     #[inline(always)]
     fn at(&self, r: usize) -> [usize; 4] {
         let r = self.first + r;
-        [
-            self.batch,
-            r / self.group,
-            self.kv * self.group + r % self.group,
-            0,
-        ]
+        [self.batch, r / self.group, self.kv * self.group + r % self.group, 0]
     }
 }
 
@@ -97,12 +87,7 @@ impl<B: Backend, E: Element> Kernel<B> for Finish<'_, E> {
     #[inline(always)]
     fn run(mut self, b: B) {
         let dv = self.out.shape()[3];
-        for (r, row) in self
-            .acc
-            .chunks_exact_mut(dv)
-            .take(self.span.rows)
-            .enumerate()
-        {
+        for (r, row) in self.acc.chunks_exact_mut(dv).take(self.span.rows).enumerate() {
             let sum = self.sum[r];
             scale_row(b.lanes(), row, if sum == 0.0 { 0.0 } else { 1.0 / sum });
             E::narrow(b.convert(), row, self.out.row_mut(self.span.at(r)));
@@ -144,19 +129,7 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>)
         for kv in 0..kv_heads {
             for first in (0..rows).step_by(long) {
                 let rows = long.min(rows - first);
-                span(
-                    b,
-                    &mut job,
-                    Span {
-                        batch,
-                        kv,
-                        group,
-                        first,
-                        rows,
-                    },
-                    shape,
-                    &mut work,
-                );
+                span(b, &mut job, Span { batch, kv, group, first, rows }, shape, &mut work);
             }
         }
     }
@@ -169,33 +142,17 @@ fn span<B: Backend, E: Element>(
     shape: Shape,
     work: &mut Work<'_, B>,
 ) {
-    let Span {
-        batch,
-        kv,
-        group,
-        rows,
-        ..
-    } = span;
+    let Span { batch, kv, group, rows, .. } = span;
     let (Shape { dk, dv, few, .. }, q_stride) = (shape, shape.q_stride());
     let (k, v) = (job.k.head(batch, kv), job.v.head(batch, kv));
-    b.call(StageQueries {
-        q: job.q,
-        span,
-        scale: job.scale,
-        dst: &mut *work.q,
-        stride: q_stride,
-    });
+    b.call(StageQueries { q: job.q, span, scale: job.scale, dst: &mut *work.q, stride: q_stride });
     work.acc[..rows * dv].fill(0.0);
     work.max[..rows].fill(f32::NEG_INFINITY);
     work.sum[..rows].fill(0.0);
     let limit = |r: usize| job.limit((span.first + r) / group);
     let end = limit(rows - 1);
     // An empty mask has no rows to look at.
-    let mask = job
-        .extra
-        .key_mask
-        .filter(|_| end > 0)
-        .map(|m| m.row([batch, 0]));
+    let mask = job.extra.key_mask.filter(|_| end > 0).map(|m| m.row([batch, 0]));
     let mut at = 0;
     while at < end {
         let (block, next) = next_block(mask, at, end, work.list);
@@ -205,13 +162,7 @@ fn span<B: Backend, E: Element>(
         }
         let (staged, staged_values) = (&mut *work.staged, &mut *work.staged_values);
         let (keys, values) = if few {
-            let (k, v) = b.call(StageKeys {
-                k,
-                v,
-                block,
-                keys: staged,
-                values: staged_values,
-            });
+            let (k, v) = b.call(StageKeys { k, v, block, keys: staged, values: staged_values });
             (Keys::Plain(k), Values::Plain(v))
         } else {
             let (keys, values) = (&mut *work.keys, &mut *work.values);
@@ -224,18 +175,8 @@ fn span<B: Backend, E: Element>(
                 values: &mut *values,
             };
             let finite = b.call(pack);
-            let plain = Values::Plain(Plain {
-                data: staged,
-                stride: dv,
-            });
-            (
-                Keys::Packed(&*keys),
-                if finite {
-                    Values::Packed(&*values)
-                } else {
-                    plain
-                },
-            )
+            let plain = Values::Plain(Plain { data: staged, stride: dv });
+            (Keys::Packed(&*keys), if finite { Values::Packed(&*values) } else { plain })
         };
         for from in (0..rows).step_by(ROWS) {
             let to = rows.min(from + ROWS);
@@ -279,12 +220,7 @@ fn span<B: Backend, E: Element>(
             });
         }
     }
-    b.call(Finish {
-        acc: &mut *work.acc,
-        sum: &*work.sum,
-        span,
-        out: job.out.reborrow(),
-    });
+    b.call(Finish { acc: &mut *work.acc, sum: &*work.sum, span, out: job.out.reborrow() });
 }
 
 /// A call, ready to be dispatched.
@@ -297,8 +233,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
     type Output = Result<()>;
     fn run<B: Backend>(self, b: B) -> Result<()> {
         let bytes = shape_of(&self.job).bytes::<B>();
-        self.rt
-            .divide(self.job, bytes, &|job, cut| work(b, job, cut))
+        self.rt.divide(self.job, bytes, &|job, cut| work(b, job, cut))
     }
 }
 
@@ -312,10 +247,7 @@ pub(super) fn run<E: Element>(
     offset: Option<isize>,
 ) -> Result<()> {
     let ([batch, lq, heads, _], [_, _, kv_heads, _]) = (q.shape(), k.shape());
-    let (threads, few) = (
-        rt.threads(),
-        lq.saturating_mul(heads / kv_heads.max(1)) <= FEW,
-    );
+    let (threads, few) = (rt.threads(), lq.saturating_mul(heads / kv_heads.max(1)) <= FEW);
     // Whole heads pack their keys once; queries can always be shared out evenly.
     let even = |n: usize| n.is_multiple_of(threads) || n >= 8 * threads;
     let axis = if even(kv_heads) {
@@ -327,20 +259,7 @@ pub(super) fn run<E: Element>(
     } else {
         Axis::Queries
     };
-    rt.run(Forward {
-        rt,
-        job: Job {
-            q,
-            k,
-            v,
-            out,
-            extra,
-            scale,
-            offset,
-            few,
-            axis,
-        },
-    })
+    rt.run(Forward { rt, job: Job { q, k, v, out, extra, scale, offset, few, axis } })
 }
 
 /// Scratch of one part of a long call.
@@ -352,10 +271,5 @@ pub(super) fn scratch_bytes(rt: &Runtime, dk: usize, dv: usize) -> usize {
             self.0.bytes::<B>()
         }
     }
-    rt.run(Ask(Shape {
-        rows: SPAN,
-        dk,
-        dv,
-        few: false,
-    }))
+    rt.run(Ask(Shape { rows: SPAN, dk, dv, few: false }))
 }

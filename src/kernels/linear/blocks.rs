@@ -140,14 +140,7 @@ fn product<'a, E: Copy>(
         Some((lower, ones)) => (Some((term, ones)), lower),
         None => (None, term),
     };
-    Product {
-        m,
-        n,
-        first,
-        second: Some(second),
-        causal: first.is_some(),
-        lower: false,
-    }
+    Product { m, n, first, second: Some(second), causal: first.is_some(), lower: false }
 }
 
 /// `out = diag(weight) (F S + P V)` from row `at` on, the second term only if `causal`; `F`, `P` and packed `V`
@@ -163,43 +156,27 @@ pub(super) fn read<B: Backend, E: Element>(
     causal: bool,
 ) {
     let (l, t) = (b.lanes(), b.tiles());
-    let left_q = Left {
-        data: &*work.q,
-        order: Order::Rows(work.q_stride),
-    };
+    let left_q = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
     let left_q = t.pack_left(l, left_q, m, dk, work.left_q);
     let left_p = causal.then(|| {
-        let left = Left {
-            data: &*work.scores,
-            order: Order::Rows(SCORES),
-        };
+        let left = Left { data: &*work.scores, order: Order::Rows(SCORES) };
         t.pack_left(l, left, m, m, work.left_p)
     });
     for j in (0..dv).step_by(PANEL) {
         let n = PANEL.min(dv - j);
         let right = t.view_right(l, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
-        let inter = Term {
-            left: left_q,
-            right,
-            k: dk,
-        };
+        let inter = Term { left: left_q, right, k: dk };
         let intra = left_p.map(|left| (values(left, work.values, m, j), &*work.ones));
         let product = product(m, n, inter, intra);
         let (scale, ahead) = (Some(&*work.weight), &mut work.ahead);
         if let Some(out) = E::as_f32_view(out.reborrow()) {
             let out = out.slice(0, at, at + m).slice(1, j, j + n);
-            let sink = Store {
-                scale,
-                ..Store::new(out)
-            };
+            let sink = Store { scale, ..Store::new(out) };
             t.product(b, &product, &mut Meanwhile { sink, ahead });
             continue;
         }
         let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
-        let sink = Store {
-            scale,
-            ..Store::new(rows.expect("rows in the buffer"))
-        };
+        let sink = Store { scale, ..Store::new(rows.expect("rows in the buffer")) };
         t.product(b, &product, &mut Meanwhile { sink, ahead });
         for r in 0..m {
             let row = &mut out.row_mut([at + r, 0])[j..j + n];
@@ -219,10 +196,7 @@ pub(super) fn absorb<B: Backend>(
 ) {
     let (l, t) = (b.lanes(), b.tiles());
     add_columns(l, work.k, [m, dk], z);
-    let left = Left {
-        data: &*work.k,
-        order: Order::Columns(dk),
-    };
+    let left = Left { data: &*work.k, order: Order::Columns(dk) };
     let left = t.pack_left(l, left, dk, m, work.left_k);
     for j in (0..dv).step_by(PANEL) {
         let product = product(dk, PANEL.min(dv - j), values(left, work.values, m, j), None);

@@ -50,15 +50,7 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Chunk {
-            form,
-            rows,
-            work,
-            state,
-            z,
-            mut out,
-            ..
-        } = self;
+        let Chunk { form, rows, work, state, z, mut out, .. } = self;
         let ([_, dk], [_, dv], [at, m]) = (self.k.shape(), self.v.shape(), rows);
         let (l, t) = (b.lanes(), b.tiles());
         map_rows(b, form.map, self.q, rows, work.q, work.q_stride);
@@ -76,21 +68,11 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
         }
         t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
         t.pack_right(l, Source::Columns(work.k, dk), dk, m, work.keys);
-        let left = Left {
-            data: &*work.q,
-            order: Order::Rows(work.q_stride),
-        };
+        let left = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
         let left = t.pack_left(l, left, m, dk, work.left_q);
         let right = Right::packed(&*work.keys, dk);
         let scores = Some(Term { left, right, k: dk });
-        let product = Product {
-            m,
-            n: m,
-            first: None,
-            second: scores,
-            causal: false,
-            lower: true,
-        };
+        let product = Product { m, n: m, first: None, second: scores, causal: false, lower: true };
         let (sink, ahead) = (Masked(&mut *work.scores), &mut work.ahead);
         t.product(b, &product, &mut Meanwhile { sink, ahead });
         weights(l, form, [m, dk], work, z, true);
@@ -128,17 +110,7 @@ fn token<B: Backend>(
     let (forget, stride) = (Forget::Scale(1.0), PANEL);
     let panels = state.chunks_exact_mut((PANEL * q.len()).max(1));
     for ((v, out), state) in v.chunks(PANEL).zip(out.chunks_mut(PANEL)).zip(panels) {
-        Step {
-            state,
-            stride,
-            forget,
-            q,
-            k,
-            v,
-            out,
-            scale,
-        }
-        .run(b);
+        Step { state, stride, forget, q, k, v, out, scale }.run(b);
     }
 }
 
@@ -176,14 +148,7 @@ impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Token {
-            form,
-            at,
-            state,
-            z,
-            mut out,
-            ..
-        } = self;
+        let Token { form, at, state, z, mut out, .. } = self;
         let [q, k, v, y] = self.rows;
         let ([_, dk], [_, dv]) = (self.q.shape(), self.v.shape());
         map_rows(b, form.map, self.q, [at, 1], q, dk);
@@ -192,17 +157,7 @@ impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
         let scale = normaliser(b.lanes(), form, q, k, z);
         if dv > 0 {
             let (v, forget, stride) = (&v[..dv], Forget::Scale(1.0), dv);
-            Step {
-                state,
-                stride,
-                forget,
-                q,
-                k,
-                v,
-                out: &mut *y,
-                scale,
-            }
-            .run(b);
+            Step { state, stride, forget, q, k, v, out: &mut *y, scale }.run(b);
             E::narrow(b.convert(), y, out.row_mut([at, 0]));
         }
     }

@@ -89,15 +89,7 @@ impl LinearShape {
         let Self { dk, dv } = *self;
         let rows = BLOCK.max(CHUNK);
         (
-            [
-                rows * self.q_stride(),
-                rows * dk,
-                rows * dv,
-                rows * dv,
-                rows,
-                rows,
-                CHUNK * SCORES,
-            ],
+            [rows * self.q_stride(), rows * dk, rows * dv, rows * dv, rows, rows, CHUNK * SCORES],
             [
                 right_len(dk, CHUNK),
                 right_len(rows, dv),
@@ -114,11 +106,7 @@ impl LinearShape {
     pub fn bytes<B: Backend>(&self) -> usize {
         let (floats, packed) = self.lens::<B>();
         let floats: usize = floats.iter().map(|n| bytes_of::<f32>(*n)).sum();
-        floats
-            + packed
-                .iter()
-                .map(|n| bytes_of::<Elem<B>>(*n))
-                .sum::<usize>()
+        floats + packed.iter().map(|n| bytes_of::<Elem<B>>(*n)).sum::<usize>()
     }
 }
 

@@ -128,17 +128,10 @@ impl TransNormerConfig {
         }
         let layers = size("decoder_layers")?;
         let embed_dim = size("decoder_embed_dim")?;
-        let sizes = [
-            "vocab_size",
-            "decoder_attention_heads",
-            "hidden_dim",
-            "glu_dim",
-        ];
+        let sizes = ["vocab_size", "decoder_attention_heads", "hidden_dim", "glu_dim"];
         let [vocab, heads, hidden, glu] = sizes.map(size);
-        let mut config = Self {
-            hidden_dim: hidden?,
-            ..Self::sized(vocab?, embed_dim, layers, heads?, glu?)
-        };
+        let mut config =
+            Self { hidden_dim: hidden?, ..Self::sized(vocab?, embed_dim, layers, heads?, glu?) };
         let act = match name("linear_act_fun")? {
             Some(act) => Some(act),
             None => name("act_fun")?,
@@ -156,9 +149,8 @@ impl TransNormerConfig {
                 }
             }
             Some(list) => {
-                let flags = list
-                    .as_array()
-                    .and_then(|l| l.iter().map(all).collect::<Option<Vec<bool>>>());
+                let flags =
+                    list.as_array().and_then(|l| l.iter().map(all).collect::<Option<Vec<bool>>>());
                 config.lrpe = flags
                     .ok_or_else(|| refuse("linear_use_lrpe_list", "a list of 0 and 1", list))?;
                 // The original code uses as many entries as there are layers.
@@ -226,9 +218,5 @@ impl TransNormerConfig {
 }
 
 fn refuse(key: &str, expected: impl ToString, got: impl ToString) -> Error {
-    Error::Config {
-        key: key.to_string(),
-        expected: expected.to_string(),
-        got: got.to_string(),
-    }
+    Error::Config { key: key.to_string(), expected: expected.to_string(), got: got.to_string() }
 }

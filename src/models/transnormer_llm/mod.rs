@@ -91,10 +91,7 @@ impl TransNormerLlm {
         let embed = tensors.tensor("model.embed_tokens.weight", shape)?;
         let (embed, head) = match config.tie_word_embeddings {
             true => (None, Linear::new(embed.view(), None)?),
-            false => (
-                Some(embed),
-                weights::linear(tensors, "lm_head", shape, false)?,
-            ),
+            false => (Some(embed), weights::linear(tensors, "lm_head", shape, false)?),
         };
         let blocks = (0..config.layers).map(|l| weights::block(&config, tensors, l));
         Ok(Self {

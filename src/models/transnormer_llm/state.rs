@@ -73,11 +73,7 @@ fn hex(x: u64) -> alloc::string::String {
 }
 
 fn refuse(field: &'static str, expected: impl ToString, got: impl ToString) -> Error {
-    Error::State {
-        field,
-        expected: expected.to_string(),
-        got: got.to_string(),
-    }
+    Error::State { field, expected: expected.to_string(), got: got.to_string() }
 }
 
 /// FNV-1a, 64 bits.
@@ -118,10 +114,7 @@ mod file {
     }
 
     fn io(source: std::io::Error) -> Error {
-        Error::Io {
-            path: "state".into(),
-            source,
-        }
+        Error::Io { path: "state".into(), source }
     }
 
     impl<W: Write> Stream<W> {

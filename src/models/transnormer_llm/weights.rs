@@ -60,11 +60,7 @@ pub(super) fn block(
         lrpe,
         &c.slopes.slopes(c.heads, layer, c.layers)?,
     )?;
-    let sglu = SgluConfig {
-        embed_dim: embed,
-        glu_dim: glu,
-        act: c.glu_act,
-    };
+    let sglu = SgluConfig { embed_dim: embed, glu_dim: glu, act: c.glu_act };
     let channel_mixer = Sglu::new(
         sglu,
         projection("channel_mixer.l1", [glu, embed])?,

@@ -143,10 +143,7 @@ pub fn transnormer_block(run: &Run<'_>) -> Result<()> {
     let x = run.case.tensor("in.x");
     let [batch, ..] = x.shape::<3>();
     // The `act` of a block is that of its token mixer.
-    let (gla, glu) = (
-        gla(run, "token_mixer.")?,
-        glu(run, "channel_mixer.", Activation::Identity)?,
-    );
+    let (gla, glu) = (gla(run, "token_mixer.")?, glu(run, "channel_mixer.", Activation::Identity)?);
     let block = TransNormerBlock::new(gla, glu, run.case.number("norm_eps") as f32)?;
     let mut state = state(run, block.new_state(batch), run.case.size("offset"))?;
     let mut y = x.data.clone();

@@ -1,0 +1,54 @@
+//! Attention cores, one thread, eight heads.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use linattn::attention::lightning::LightningAttention;
+use linattn::attention::linear::{FeatureMap, LinearAttention};
+use linattn::attention::softmax::SoftmaxAttention;
+use linattn::attention::{Mask, State};
+use linattn::tensor::{Rng, Tensor};
+use linattn::{Isa, Runtime};
+
+const HEADS: usize = 8;
+
+fn normal(shape: [usize; 4], seed: u64) -> Tensor<4> {
+    let mut t = Tensor::zeros(shape).expect("a tensor");
+    Rng::new(seed).fill_normal(t.as_mut_slice(), 0.3);
+    t
+}
+
+fn attention(c: &mut Criterion) {
+    let mut group = c.benchmark_group("attention");
+    group.sample_size(10);
+    for isa in Isa::detected() {
+        let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
+        for (len, dim) in [(1, 128), (2048, 64), (2048, 128)] {
+            let shape = [1, len, HEADS, dim];
+            let (q, k, v, mut out) =
+                (normal(shape, 1), normal(shape, 2), normal(shape, 3), normal(shape, 4));
+            group.throughput(Throughput::Elements(len as u64));
+            let id = |what: &str| {
+                BenchmarkId::new(format!("{what}/{}", rt.kernel()), format!("n{len}-d{dim}"))
+            };
+            let slopes: Vec<f64> = (1..=HEADS).map(|h| (-(h as f64)).exp2()).collect();
+            let lightning = LightningAttention::new(&slopes).expect("slopes");
+            let mut state = State::new(1, HEADS, dim, dim).expect("a state");
+            group.bench_function(id("lightning"), |b| {
+                b.iter(|| {
+                    lightning.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state)
+                });
+            });
+            let linear = LinearAttention::new(FeatureMap::Elu1);
+            group.bench_function(id("linear"), |b| {
+                b.iter(|| linear.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), None));
+            });
+            let softmax = SoftmaxAttention::new().with_mask(Mask::Causal);
+            group.bench_function(id("softmax-causal"), |b| {
+                b.iter(|| softmax.forward(&rt, q.view(), k.view(), v.view(), out.view_mut()));
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, attention);
+criterion_main!(benches);

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Times the crate beside other libraries and prints the tables of docs/performance.md.
+
+    cargo build --release --example measure
+    python3 benches/table.py [--peers DIR] [--rounds 3] [--only lightning,decode,...]
+
+DIR holds scripts for other libraries (torch_lightning.py, ort_lightning.py, torch_decode.py, torch_noncausal.py,
+gemm_py.py) that take the same flags as `measure` and print one JSON line. Programs run in turn, so that a noisy
+machine is equally noisy for all of them; figures are medians over the rounds, with the range of the crate's ratio
+to the best peer of the same round.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+p.add_argument("--peers")
+p.add_argument("--rounds", type=int, default=3)
+p.add_argument("--reps", type=int, default=5)
+p.add_argument("--only", default="")
+a = p.parse_args()
+MEASURE = os.path.join(os.path.dirname(HERE), "target", "release", "examples", "measure")
+
+
+def run(command):
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return json.loads(out.stdout.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        sys.exit(f"{' '.join(command)} failed:\n{out.stderr}")
+
+
+def ours(what, **flags):
+    command = [MEASURE, "--what", what, "--reps", str(a.reps)]
+    for k, v in flags.items():
+        command += [f"--{k}"] if v is True else [f"--{k}", str(v)]
+    return run(command)
+
+
+def peer(script, what, **flags):
+    command = [sys.executable, os.path.join(a.peers, script), "--what", what, "--reps", str(a.reps)]
+    for k, v in flags.items():
+        command += [f"--{k}", str(v)]
+    return run(command)
+
+
+def compare(name, mine, others, key, larger=False, scale=1.0):
+    """One row: our medians, the best peer, the ratio (above 1: we are faster)."""
+    rounds = []
+    for _ in range(a.rounds):
+        got = {k: f()[key] * scale for k, f in {**mine, **others}.items()}
+        rounds.append(got)
+    med = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+    pick = max if larger else min
+    cells = [name] + [f"{med[k]:.0f}" for k in mine]
+    if others:
+        best = pick(others, key=lambda k: med[k])
+        cells += [f"{med[best]:.0f} ({best})"]
+        for k in mine:
+            ratios = [(r[k] / pick(r[o] for o in others)) ** (1 if larger else -1) for r in rounds]
+            cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def header(title, *columns):
+    print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+
+
+def wanted(name):
+    return not a.only or name in a.only.split(",")
+
+
+cal = ours("gemm", m=256, k=128, n=256)
+print(f"`{cal['kernel']}`, multiply-adds from registers {cal['fma_gflops']:.0f} GFLOP/s")
+peers = bool(a.peers)
+if wanted("lightning"):
+    columns = ["D, N", "bthd", "bhtd"] + (["best peer", "ratio bthd", "ratio bhtd"] if peers else [])
+    header("Lightning Attention, 8 heads, f32, one thread: ns per token", *columns)
+    for dim in (64, 128):
+        for n in (2048, 8192, 16384, 32768, 65536):
+            mine = {x: (lambda x=x: ours("lightning", dim=dim, n=n, layout=x)) for x in ("bthd", "bhtd")}
+            others = {}
+            if peers and n <= 32768:
+                for b in (64, 128):
+                    others[f"torch loop {b}"] = lambda b=b: peer("torch_lightning.py", "loop", dim=dim, n=n, block=b)
+                if n <= 8192:
+                    others["torch vec 64"] = lambda: peer("torch_lightning.py", "vec", dim=dim, n=n, block=64)
+            compare(f"{dim}, {n}", mine, others, "ns_per_token")
+if wanted("ort") and peers:
+    header("The same against the fused operator of ONNX Runtime", "D, N", "bthd", "operator", "ratio")
+    for dim in (64, 128):
+        for n in (2048, 8192):
+            others = {"op": lambda: peer("ort_lightning.py", "op", dim=dim, n=n)}
+            compare(f"{dim}, {n}", {"bthd": lambda: ours("lightning", dim=dim, n=n)}, others, "ns_per_token")
+if wanted("threads"):
+    header("Lightning Attention on two threads, N = 16384: speed-up", "D, heads", "1 thread, ns per token", "2 threads", "speed-up")
+    for dim in (64, 128):
+        for heads in (8, 1):
+            one, two = [], []
+            for _ in range(a.rounds):
+                flags = dict(dim=dim, heads=heads, n=16384, layout="bhtd")
+                one.append(ours("lightning", core=-1, **flags)["ns_per_token"])
+                two.append(ours("lightning", threads=2, **flags)["ns_per_token"])
+            ratio = statistics.median(x / y for x, y in zip(one, two))
+            print(f"| {dim}, {heads} | {statistics.median(one):.0f} | {statistics.median(two):.0f} | {ratio:.2f} |", flush=True)
+if wanted("decode"):
+    columns = ["batch", "us per step", "GB/s", "plain loop GB/s", "share"] + (["best peer, us", "ratio"] if peers else [])
+    header("Decode step, 16 heads, D = 128, f32, one thread", *columns)
+    for batch in (1, 8):
+        rows = []
+        for _ in range(a.rounds):
+            m = ours("lightning_decode", heads=16, dim=128, batch=batch)
+            o = [peer("torch_decode.py", w, batch=batch) for w in ("ops", "addcmul")] if peers else []
+            rows.append((m["median_s"] * 1e6, m["gbytes_per_s_rw"], m["loop_gbytes_per_s_rw"], min((x["median_s"] * 1e6 for x in o), default=0)))
+        us, rate, loop, best = (statistics.median(c) for c in zip(*rows))
+        share = statistics.median(r[1] / r[2] for r in rows)
+        cells = [f"{batch}", f"{us:.1f}", f"{rate:.0f}", f"{loop:.0f}", f"{share:.2f}"]
+        cells += [f"{best:.1f}", f"{statistics.median(r[3] / r[0] for r in rows):.2f}"] if peers else []
+        print("| " + " | ".join(cells) + " |", flush=True)
+if wanted("crossover"):
+    header("Where linear overtakes causal softmax attention (8 heads, D = 64): ns per token", "N", "softmax", "lightning")
+    for n in (64, 128, 256, 512, 1024, 2048):
+        mine = {"softmax": lambda: ours("softmax", n=n, dim=64, causal=True), "lightning": lambda: ours("lightning", n=n, dim=64)}
+        compare(f"{n}", mine, {}, "ns_per_token")
+if wanted("noncausal"):
+    columns = ["N", "linear (elu + 1)", "softmax"] + (["torch linear", "torch softmax"] if peers else [])
+    header("Not causal, 8 heads, D = 64, f32, one thread: ns per token", *columns)
+    for n in (1024, 3136):
+        fs = [lambda: ours("linear_noncausal", n=n, dim=64), lambda: ours("softmax", n=n, dim=64)]
+        if peers:
+            fs += [lambda: peer("torch_noncausal.py", "elu", n=n, heads=8, dim=64), lambda: peer("torch_noncausal.py", "sdpa", n=n, heads=8, dim=64)]
+        med = [statistics.median(f()["ns_per_token"] for _ in range(a.rounds)) for f in fs]
+        print(f"| {n} | " + " | ".join(f"{x:.0f}" for x in med) + " |", flush=True)
+if wanted("gemm"):
+    columns = ["m x k x n", "packed", "unpacked"] + (["best peer", "ratio packed", "ratio unpacked"] if peers else [])
+    header("Products in f32, one thread: GFLOP/s", *columns)
+    for m, k, n in ((64, 64, 64), (128, 128, 128), (256, 128, 256), (1024, 1024, 1024)):
+        mine = {"packed": lambda: ours("gemm", m=m, k=k, n=n, packed=True), "unpacked": lambda: ours("gemm", m=m, k=k, n=n)}
+        others = {}
+        if peers:
+            others["torch"] = lambda: peer("gemm_py.py", "torch", m=m, k=k, n=n)
+            others["torch bmm"] = lambda: peer("gemm_py.py", "torch_bmm", m=m, k=k, n=n, bmm=2 if m == 1024 else 64)
+        compare(f"{m} x {k} x {n}", mine, others, "gflops", larger=True)
+if wanted("model"):
+    header("Decoding with a 385M model in f32, one thread", "tokens/s", "weights GB/s", "plain read GB/s")
+    r = ours("generate_decode", config="385m")
+    print(f"| {r['tokens_per_s']:.1f} | {r['weight_gbytes_per_s']:.1f} | {r['read_gbytes_per_s']:.1f} |", flush=True)

@@ -1,0 +1,195 @@
+//! The outputs of a chunk, and the state behind it.
+
+use super::{Head, Workspace};
+use crate::kernels::ahead::{Ahead, Meanwhile};
+use crate::kernels::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
+use crate::kernels::recurrence::Step;
+use crate::kernels::staging::{all_finite, stage};
+use crate::kernels::store::Store;
+use crate::simd::{
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, each_row,
+};
+use crate::tensor::{Element, ViewMut};
+
+/// The outputs and the new state of one chunk.
+#[derive(Debug)]
+pub struct Advance<'a, 'w, B: Backend, E> {
+    /// The head.
+    pub head: Head<'a, E>,
+    /// First row.
+    pub at: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Buffers.
+    pub work: &'w mut Workspace<'a, B>,
+    /// As [`Scores`] left them.
+    pub scores: &'w [f32],
+    /// Distance between their rows.
+    pub stride: usize,
+    /// `[n, dv]`, all rows. With `head.v` and `state` it may be a range of value columns only.
+    pub out: ViewMut<'w, E, 2>,
+    /// The state in panels.
+    pub state: &'w mut [f32],
+    /// What is needed next.
+    pub ahead: &'w mut Ahead,
+}
+
+/// `S <- forget(S) + product` for one panel.
+struct Update<'a> {
+    state: &'a mut [f32],
+    forget: Forget,
+    /// Whether tiny elements become zero this time.
+    flush: bool,
+}
+
+impl Update<'_> {
+    #[inline(always)]
+    fn tile<L: Lanes, const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        acc: &[[L::F; V]; M],
+        form: impl Form,
+    ) {
+        let lane = if V * L::N == PANEL { 0 } else { j % PANEL };
+        let rows = &mut self.state[i * PANEL..][..M * PANEL];
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut rows[r * PANEL + lane..][..V * L::N]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            for v in 0..V {
+                row[v] = form.next(l, row[v], acc[r][v]);
+            }
+        });
+    }
+}
+
+impl<L: Lanes> Sink<L> for Update<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        match (self.forget, self.flush) {
+            (Forget::All, _) => self.tile(l, i, j, acc, Flushed(Fresh)),
+            (Forget::Scale(f), false) => self.tile(l, i, j, acc, Scaled(f)),
+            (Forget::Scale(f), true) => self.tile(l, i, j, acc, Flushed(Scaled(f))),
+            (Forget::Share(f), false) => self.tile(l, i, j, acc, Shared(f)),
+            (Forget::Share(f), true) => self.tile(l, i, j, acc, Flushed(Shared(f))),
+        }
+    }
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Advance { head, at, rows: m, work, scores, stride, mut out, state, ahead } = self;
+        let (l, t) = (b.lanes(), b.tiles());
+        let (dk, dv) = (head.q.shape()[1], head.v.shape()[1]);
+        let (v, vs) = stage(b, head.v, [at, m], work.v);
+        t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
+        let forget = head.decay.forget(m);
+        // The last chunk of a call always: the next call counts its chunks from 0 again.
+        let flush = at + m == head.q.shape()[0] || head.decay.flush_due(at, m);
+        if forget == Forget::All {
+            state.fill(0.0);
+        }
+        let (q, qs) = stage(b, head.q, [at, m], work.q);
+        let (k, ks) = stage(b, head.k, [at, m], work.k);
+        for (r, w) in head.decay.key(m).iter().enumerate() {
+            weigh(l, &k[r * ks..][..dk], *w, &mut work.weighted[r * dk..][..dk]);
+        }
+        let query_scale: &[f32] = if head.scale == 1.0 {
+            head.decay.query(m)
+        } else {
+            for (s, w) in work.query_scale.iter_mut().zip(head.decay.query(m)) {
+                *s = head.scale * w;
+            }
+            work.query_scale
+        };
+        let left_q = t.pack_left(l, Left { data: q, order: Order::Rows(qs) }, m, dk, work.left_q);
+        let keys = Left { data: &*work.weighted, order: Order::Columns(dk) };
+        let left_k = t.pack_left(l, keys, dk, m, work.left_k);
+        let left_p =
+            t.pack_left(l, Left { data: scores, order: Order::Rows(stride) }, m, m, work.left_p);
+        for j in (0..dv).step_by(PANEL) {
+            let n = PANEL.min(dv - j);
+            let state = &mut state[j * dk..][..PANEL * dk];
+            if !all_finite(l, &v[j..], vs, m, n) {
+                // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
+                // Panel by panel, because threads that share a head divide it by panels.
+                for r in 0..m {
+                    let y = &mut work.out[..n];
+                    Step {
+                        state: &mut *state,
+                        stride: PANEL,
+                        forget: head.decay.forget(1),
+                        q: &q[r * qs..][..dk],
+                        k: &k[r * ks..][..dk],
+                        v: &v[r * vs + j..][..n],
+                        out: &mut *y,
+                        scale: head.scale,
+                    }
+                    .run(b);
+                    E::narrow(b.convert(), y, &mut out.row_mut([at + r, 0])[j..j + n]);
+                }
+                continue;
+            }
+            let values = Right::packed(&work.values[j * m..][..PANEL * m], m);
+            let right_s = t.view_right(l, state, dk, n, work.view_s);
+            let product = Product {
+                m,
+                n,
+                first: Some((Term { left: left_q, right: right_s, k: dk }, query_scale)),
+                second: Some(Term { left: left_p, right: values, k: m }),
+                causal: true,
+                lower: false,
+            };
+            match E::as_f32_view(out.reborrow()) {
+                Some(out) => {
+                    let out = out.slice(0, at, at + m).slice(1, j, j + n);
+                    t.product(b, &product, &mut Meanwhile { sink: Store::new(out), ahead });
+                }
+                None => {
+                    let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
+                    let sink = Store::new(rows.expect("rows in the buffer"));
+                    t.product(b, &product, &mut Meanwhile { sink, ahead });
+                    for r in 0..m {
+                        let row = &mut out.row_mut([at + r, 0])[j..j + n];
+                        E::narrow(b.convert(), &work.out[r * dv..][..n], row);
+                    }
+                }
+            }
+            let product = Product {
+                m: dk,
+                n,
+                first: None,
+                second: Some(Term { left: left_k, right: values, k: m }),
+                causal: false,
+                lower: false,
+            };
+            let sink = Update { state, forget, flush };
+            t.product(b, &product, &mut Meanwhile { sink, ahead });
+        }
+    }
+}
+
+#[inline(always)]
+fn weigh<L: Lanes>(l: L, src: &[f32], w: f32, dst: &mut [f32]) {
+    let (s, s_tail) = l.split(src);
+    let (d, d_tail) = l.split_mut(dst);
+    for (d, s) in d.iter_mut().zip(s) {
+        *d = l.mul(*s, l.splat(w));
+    }
+    l.store_head(d_tail, l.mul(l.load_head(s_tail), l.splat(w)));
+}

@@ -1,0 +1,149 @@
+//! The chunk form of a decayed linear recurrence, shared by every mechanism that has one.
+//!
+//! A chunk of `m` rows with incoming state `S` (`d x e`), `a_r = lambda^(r+1)`, `b_r = lambda^(m-1-r)`,
+//! `M_rc = lambda^(r-c)` for `c <= r` and 0 above (Lightning Attention-2, Algorithm 1):
+//!
+//! ```text
+//! P = scale * (Q K^T) o M                       m x m, the lower triangle only
+//! O = diag(scale * a) Q S + P V                 one accumulation, written once
+//! S = forget_m(S) + (diag(b) K)^T V
+//! ```
+//!
+//! The state is kept in panels of [`PANEL`] value columns. A panel (`d x 32`) is read into the first cache
+//! level once per chunk: it serves the output product and is updated in place right after.
+
+mod advance;
+mod panels;
+mod scores;
+
+pub use advance::Advance;
+pub use panels::{FromPanels, ToPanels};
+pub use scores::Scores;
+
+use super::ahead::{Ahead, Part};
+use super::decay::DecayTable;
+use crate::scratch::{Cut, bytes_of};
+use crate::simd::{Backend, PANEL, Tiles, right_len};
+use crate::tensor::{Element, View, ViewMut};
+
+/// Sizes that decide how much scratch a chunk takes.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkShape {
+    /// Largest number of rows.
+    pub chunk: usize,
+    /// Width of queries and keys.
+    pub dk: usize,
+    /// Width of values.
+    pub dv: usize,
+}
+
+impl ChunkShape {
+    /// Distance between rows of a score matrix.
+    #[must_use]
+    pub fn score_stride(&self) -> usize {
+        self.chunk.next_multiple_of(PANEL)
+    }
+
+    /// Floats of one score matrix.
+    #[must_use]
+    pub fn score_len(&self) -> usize {
+        self.chunk * self.score_stride()
+    }
+
+    /// Floats of a state in panels.
+    #[must_use]
+    pub fn state_len(&self) -> usize {
+        right_len(self.dk, self.dv)
+    }
+
+    /// The rows `at .. at + chunk` of a head and its output, paced so that all of them are asked for while another
+    /// chunk is computed.
+    pub fn ahead<E: Element>(
+        &self,
+        head: &Head<'_, E>,
+        out: &ViewMut<'_, E, 2>,
+        at: usize,
+    ) -> Ahead {
+        let rows = [at, self.chunk];
+        let [k, q, v] = [head.k, head.q, head.v].map(|x| Part::of(x, rows));
+        let panels = self.dv.div_ceil(PANEL);
+        let taken = self.score_stride() + (self.chunk + self.dk) * panels;
+        Ahead::new([k, q, v, Part::of_mut(out, rows)], taken)
+    }
+
+    /// Bytes of a [`Workspace`].
+    #[must_use]
+    pub fn workspace_bytes<B: Backend>(&self) -> usize {
+        let rows = bytes_of::<f32>(self.chunk * self.dk);
+        let values = bytes_of::<f32>(self.chunk * self.dv);
+        3 * rows
+            + 2 * values
+            + bytes_of::<f32>(self.chunk)
+            + bytes_of::<Elem<B>>(right_len(self.dk, self.chunk))
+            + bytes_of::<Elem<B>>(right_len(self.chunk, self.dv))
+            + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.chunk, self.dk))
+            + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.dk, self.chunk))
+            + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.chunk, self.chunk))
+            + bytes_of::<Elem<B>>(<B::T as Tiles>::view_len(self.dk, PANEL))
+    }
+}
+
+type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
+
+/// Buffers for one chunk of one head at a time.
+pub struct Workspace<'a, B: Backend> {
+    q: &'a mut [f32],
+    k: &'a mut [f32],
+    v: &'a mut [f32],
+    out: &'a mut [f32],
+    weighted: &'a mut [f32],
+    query_scale: &'a mut [f32],
+    keys: &'a mut [Elem<B>],
+    values: &'a mut [Elem<B>],
+    left_q: &'a mut [Elem<B>],
+    left_k: &'a mut [Elem<B>],
+    left_p: &'a mut [Elem<B>],
+    view_s: &'a mut [Elem<B>],
+}
+
+impl<'a, B: Backend> Workspace<'a, B> {
+    /// Cuts the buffers off `scratch`.
+    pub fn new(shape: ChunkShape, scratch: &mut Cut<'a>) -> Self {
+        let ChunkShape { chunk, dk, dv } = shape;
+        Self {
+            q: scratch.take(chunk * dk),
+            k: scratch.take(chunk * dk),
+            v: scratch.take(chunk * dv),
+            out: scratch.take(chunk * dv),
+            weighted: scratch.take(chunk * dk),
+            query_scale: scratch.take(chunk),
+            keys: scratch.take(right_len(dk, chunk)),
+            values: scratch.take(right_len(chunk, dv)),
+            left_q: scratch.take(<B::T as Tiles>::left_len(chunk, dk)),
+            left_k: scratch.take(<B::T as Tiles>::left_len(dk, chunk)),
+            left_p: scratch.take(<B::T as Tiles>::left_len(chunk, chunk)),
+            view_s: scratch.take(<B::T as Tiles>::view_len(dk, PANEL)),
+        }
+    }
+}
+
+/// The sequence of one head, and how it decays.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a, E> {
+    /// `[n, dk]`
+    pub q: View<'a, E, 2>,
+    /// `[n, dk]`
+    pub k: View<'a, E, 2>,
+    /// `[n, dv]`
+    pub v: View<'a, E, 2>,
+    /// Powers of the decay.
+    pub decay: &'a DecayTable,
+    /// Factor of the output.
+    pub scale: f32,
+}
+
+impl<B: Backend> core::fmt::Debug for Workspace<'_, B> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Workspace").finish_non_exhaustive()
+    }
+}

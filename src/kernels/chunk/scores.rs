@@ -1,0 +1,77 @@
+//! The scores of a chunk: everything that does not depend on values.
+
+use super::{Head, Workspace};
+use crate::kernels::ahead::{Ahead, Meanwhile};
+use crate::kernels::decay::DecayTable;
+use crate::kernels::staging::stage;
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Right, Sink, Source, Term, Tiles};
+use crate::tensor::Element;
+
+/// `P = scale * (Q K^T) o M` of one chunk.
+#[derive(Debug)]
+pub struct Scores<'a, 'w, B: Backend, E> {
+    /// The head.
+    pub head: Head<'a, E>,
+    /// First row.
+    pub at: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Buffers.
+    pub work: &'w mut Workspace<'a, B>,
+    /// `rows x rows` with rows [`ChunkShape::score_stride`] apart.
+    pub scores: &'w mut [f32],
+    /// Distance between rows.
+    pub stride: usize,
+    /// What is needed next.
+    pub ahead: &'w mut Ahead,
+}
+
+struct Masked<'a> {
+    scores: &'a mut [f32],
+    stride: usize,
+    decay: &'a DecayTable,
+    scale: f32,
+}
+
+impl<L: Lanes> Sink<L> for Masked<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
+        let out = &mut self.scores[i * self.stride + j..][..V * L::N];
+        let mask = &self.decay.mask(i, j)[..V * L::N];
+        for (v, acc) in acc.iter().enumerate() {
+            let m = l.load(&mask[v * L::N..]);
+            // Selected, not multiplied: what lies above the diagonal may be anything.
+            let x = l.mul(l.mul(*acc, l.splat(self.scale)), m);
+            l.store(&mut out[v * L::N..], l.select(l.lt(l.zero(), m), x, l.zero()));
+        }
+    }
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Scores { head, at, rows: m, work, scores, stride, ahead } = self;
+        let (l, t, dk) = (b.lanes(), b.tiles(), head.q.shape()[1]);
+        let (q, qs) = stage(b, head.q, [at, m], work.q);
+        let (k, ks) = stage(b, head.k, [at, m], work.k);
+        t.pack_right(l, Source::Columns(k, ks), dk, m, work.keys);
+        let left = t.pack_left(l, Left { data: q, order: Order::Rows(qs) }, m, dk, work.left_q);
+        let product = Product {
+            m,
+            n: m,
+            first: None,
+            second: Some(Term { left, right: Right::packed(work.keys, dk), k: dk }),
+            causal: false,
+            lower: true,
+        };
+        t.product(
+            b,
+            &product,
+            &mut Meanwhile {
+                sink: Masked { scores, stride, decay: head.decay, scale: head.scale },
+                ahead,
+            },
+        );
+    }
+}

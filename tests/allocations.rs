@@ -1,0 +1,72 @@
+//! Decoding allocates nothing once the shapes are known. A program without test harness: the counter sees all
+//! threads, and a harness has some of its own.
+
+use linattn::Runtime;
+use linattn::models::{Sampler, SamplerConfig, TransNormerConfig, TransNormerLlm};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Allocations of `steps` decode steps after a prompt and one step.
+fn decode(rt: &Runtime, config: TransNormerConfig, batch: usize, steps: usize) -> usize {
+    let model = TransNormerLlm::random(config, 1).expect("a model");
+    let vocab = model.config().vocab_size;
+    let mut state = model.new_state(batch).expect("a state");
+    let mut logits = vec![0.0; batch * vocab];
+    let prompt: Vec<u32> = (0..batch * 40).map(|t| (t % vocab) as u32).collect();
+    model.prefill(rt, &prompt, &mut state, &mut logits).expect("a prompt");
+    let config = SamplerConfig { top_k: 20, top_p: 0.9, ..SamplerConfig::default() };
+    let mut sampler = Sampler::new(config).expect("a sampler");
+    let mut tokens = vec![0; batch];
+    let mut before = 0;
+    for step in 0..=steps {
+        if step == 1 {
+            before = CALLS.load(Ordering::Relaxed);
+        }
+        for (token, row) in tokens.iter_mut().zip(logits.chunks_exact(vocab)) {
+            *token = sampler.sample(row).expect("a token");
+        }
+        model.decode_step(rt, &tokens, &mut state, &mut logits).expect("a step");
+    }
+    CALLS.load(Ordering::Relaxed) - before
+}
+
+fn main() {
+    let small = || TransNormerConfig::sized(64, 32, 2, 4, 48);
+    let rt = Runtime::builder().threads(1).build().expect("a runtime");
+    assert_eq!(decode(&rt, small(), 1, 10_000), 0, "one sequence");
+    assert_eq!(decode(&rt, small(), 5, 1_000), 0, "five sequences");
+    #[cfg(feature = "parallel")]
+    {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool");
+        let rt = Runtime::builder().threads(3).build().expect("a runtime");
+        let large = TransNormerConfig::sized(3000, 512, 2, 8, 1408);
+        let calls = pool.install(|| decode(&rt, large, 2, 50));
+        assert_eq!(calls, 0, "three threads");
+    }
+    println!("decoding allocates nothing: ok");
+}
