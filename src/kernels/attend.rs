@@ -18,10 +18,10 @@ use crate::simd::{
 };
 use crate::tensor::{Element, View, ViewMut};
 
-/// Queries of a block.
+/// Queries of a block: with its keys' scores it stays in the first cache level.
 pub const ROWS: usize = 48;
 /// Keys of a block.
-pub const KEYS: usize = 256;
+pub const KEYS: usize = 128;
 /// Distance between rows of scores: not a power of two, so that rows do not meet in the same cache sets.
 pub const STRIDE: usize = KEYS + PANEL / 2;
 

@@ -19,7 +19,7 @@ use crate::simd::{Backend, Kernel, Task};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Rows that share one pass over the keys.
-const SPAN: usize = 20 * ROWS;
+const SPAN: usize = 22 * ROWS;
 /// Up to this many rows per group of heads, keys are read as they lie: packing them would cost more.
 const FEW: usize = 8;
 
