@@ -58,12 +58,12 @@ impl State {
         self.kv.view()
     }
 
-    #[cfg(feature = "io")]
+    #[cfg(feature = "std")]
     pub(crate) fn as_slice(&self) -> &[f32] {
         self.kv.as_slice()
     }
 
-    #[cfg(feature = "io")]
+    #[cfg(feature = "std")]
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
         self.kv.as_mut_slice()
     }
