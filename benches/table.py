@@ -121,6 +121,10 @@ if wanted("decode"):
         cells = [f"{batch}", f"{us:.1f}", f"{rate:.0f}", f"{loop:.0f}", f"{share:.2f}"]
         cells += [f"{best:.1f}", f"{statistics.median(r[3] / r[0] for r in rows):.2f}"] if peers else []
         print("| " + " | ".join(cells) + " |", flush=True)
+if wanted("silence"):
+    header("100 000 zero tokens after live ones, relative to live ones (8 heads, D = 64)", "prefill", "decode")
+    r = ours("silence", dim=64)
+    print(f"| {r['silent_prefill']:.2f} | {r['silent_decode']:.2f} |", flush=True)
 if wanted("crossover"):
     header("Where linear overtakes causal softmax attention (8 heads, D = 64): ns per token", "N", "softmax", "lightning")
     for n in (64, 128, 256, 512, 1024, 2048):

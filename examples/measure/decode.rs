@@ -111,6 +111,48 @@ pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     Ok(Outcome { times, flops, tokens: Some(batch as f64), error, extra })
 }
 
+/// Live tokens, then zeros: a state that decays must not become slow.
+pub fn silence(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    const ZEROS: usize = 100_000;
+    let Args { heads, dim, .. } = *args;
+    let slopes: Vec<f64> = (1..=heads).map(|h| (-8.0 * h as f64 / heads as f64).exp2()).collect();
+    let op = LightningAttention::new(&slopes)?;
+    let make = |len: usize, scale: f32| {
+        let mut t = Tensor::<4>::zeros([1, len, heads, dim])?;
+        Rng::new(args.seed).fill_normal(t.as_mut_slice(), scale);
+        Ok::<_, linattn::Error>(t)
+    };
+    // Seconds per token of `tokens` tokens in calls of `len`, after a thousand live ones.
+    let time = |len: usize, scale: f32, tokens: usize| -> Result<f64> {
+        let (x, mut out) = (make(len, scale)?, make(len, 0.0)?);
+        let (start, mut y) = (make(1000, 1.0)?, make(1000, 0.0)?);
+        let mut state = State::new(1, heads, dim, dim)?;
+        op.forward(rt, start.view(), start.view(), start.view(), y.view_mut(), &mut state)?;
+        let from = std::time::Instant::now();
+        for _ in 0..tokens / len {
+            op.forward(rt, x.view(), x.view(), x.view(), out.view_mut(), &mut state)?;
+        }
+        Ok(from.elapsed().as_secs_f64() / tokens as f64)
+    };
+    let mut extra = serde_json::Map::new();
+    let mut times = Vec::new();
+    for (name, len) in [("silent_prefill", 1000), ("silent_decode", 1)] {
+        let ratios = (0..args.reps.max(1)).map(|_| {
+            let (live, silent) = (time(len, 0.1, ZEROS)?, time(len, 0.0, ZEROS)?);
+            times.push(silent);
+            Ok(silent / live)
+        });
+        extra.insert(name.into(), median(ratios.collect::<Result<_>>()?).into());
+    }
+    Ok(Outcome {
+        times,
+        flops: 4.0 * (heads * dim * dim) as f64,
+        tokens: Some(1.0),
+        extra,
+        ..Outcome::default()
+    })
+}
+
 /// Decoding with a whole model; its weights are read once per token.
 pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let model = match args.config.as_str() {

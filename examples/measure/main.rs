@@ -22,6 +22,8 @@ enum What {
     Lightning,
     /// The same, one token per call.
     LightningDecode,
+    /// Zero tokens after live ones: `silent_prefill` and `silent_decode` are times relative to live tokens.
+    Silence,
     /// Linear attention over all keys, elu + 1, normalised.
     LinearNoncausal,
     /// Softmax attention (`--causal` for the causal one).
@@ -144,6 +146,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let outcome = match args.what {
         What::Lightning => attention::lightning(&args, &rt)?,
         What::LightningDecode => decode::lightning_decode(&args, &rt)?,
+        What::Silence => decode::silence(&args, &rt)?,
         What::LinearNoncausal => attention::linear_noncausal(&args, &rt)?,
         What::Softmax => attention::softmax(&args, &rt)?,
         What::GenerateDecode => decode::generate_decode(&args, &rt)?,

@@ -6,7 +6,7 @@
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::ahead::Ahead;
+use crate::kernels::ahead::{Ahead, Part};
 use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
@@ -257,7 +257,8 @@ fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut s
                     let chunks = part.scores.chunks_exact_mut(shape.score_len());
                     for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
                         let rows = shape.chunk.min(part.end - at);
-                        let ahead = &mut Ahead::none();
+                        let next = [head.k, head.q].map(|x| Part::of(x, [at + rows, shape.chunk]));
+                        let ahead = &mut Ahead::new(next, rows);
                         b.call(Scores { head, at, rows, work: &mut work, scores, stride, ahead });
                     }
                 },
