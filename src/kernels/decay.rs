@@ -96,6 +96,7 @@ pub struct DecayTable {
     chunk: usize,
     slope: f64,
     full: Forget,
+    step: Forget,
     /// Chunks from one flush of tiny state elements to the next.
     flush_every: usize,
     /// `lambda^1, lambda^2, .. lambda^chunk`
@@ -117,6 +118,7 @@ impl DecayTable {
             chunk,
             slope,
             full: Forget::over(slope, chunk),
+            step: Forget::over(slope, 1),
             flush_every: (period as usize).clamp(1, 1 << 20),
             up,
             down,
@@ -158,6 +160,10 @@ impl DecayTable {
     /// What `rows` steps forget.
     #[must_use]
     pub fn forget(&self, rows: usize) -> Forget {
-        if rows == self.chunk { self.full } else { Forget::over(self.slope, rows) }
+        match rows {
+            _ if rows == self.chunk => self.full,
+            1 => self.step,
+            _ => Forget::over(self.slope, rows),
+        }
     }
 }
