@@ -52,21 +52,25 @@ impl<'a, E: Element> Job<'a, E> {
         }
     }
 
-    /// Heads that advance together.
-    fn group(&self) -> usize {
-        (RESIDENT / bytes_of::<f32>(self.shape().state_len()).max(1))
-            .clamp(1, self.tables.len().max(1))
-    }
-
     fn bytes<B: Backend>(&self) -> usize {
         let s = self.shape();
         if self.q.shape()[1] <= RECURRENT {
             return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
         }
-        bytes_of::<f32>(self.group() * s.state_len())
-            + bytes_of::<f32>(s.score_len())
-            + s.workspace_bytes::<B>()
+        chunked_bytes::<B>(s, self.tables.len())
     }
+}
+
+/// How many of `heads` heads advance together.
+fn group(shape: ChunkShape, heads: usize) -> usize {
+    (RESIDENT / bytes_of::<f32>(shape.state_len()).max(1)).clamp(1, heads.max(1))
+}
+
+/// Scratch of [`chunked`].
+fn chunked_bytes<B: Backend>(shape: ChunkShape, heads: usize) -> usize {
+    bytes_of::<f32>(group(shape, heads) * shape.state_len())
+        + bytes_of::<f32>(shape.score_len())
+        + shape.workspace_bytes::<B>()
 }
 
 impl<E: Element> Divide for Job<'_, E> {
@@ -130,7 +134,8 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
 /// A job in the chunk form: chunks outside, heads inside, so that the rows of a chunk are read from memory
 /// page by page while the states wait in the second cache level.
 fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
-    let ([batch, len, heads, _], shape, group) = (job.q.shape(), job.shape(), job.group());
+    let ([batch, len, heads, _], shape, group) =
+        (job.q.shape(), job.shape(), group(job.shape(), job.tables.len()));
     let states = scratch.take::<f32>(group * shape.state_len());
     let scores = scratch.take::<f32>(shape.score_len());
     let mut work = Workspace::<B>::new(shape, &mut scratch);
@@ -361,11 +366,7 @@ pub(super) fn scratch_bytes(rt: &Runtime, op: &LightningAttention, dk: usize, dv
         fn run<B: Backend>(self, _: B) -> usize {
             let chunk = self.0.tables.first().map_or(1, DecayTable::chunk);
             let shape = ChunkShape { chunk, dk: self.1, dv: self.2 };
-            let group = (RESIDENT / bytes_of::<f32>(shape.state_len()).max(1))
-                .clamp(1, self.0.heads().max(1));
-            bytes_of::<f32>(group * shape.state_len())
-                + bytes_of::<f32>(shape.score_len())
-                + shape.workspace_bytes::<B>()
+            chunked_bytes::<B>(shape, self.0.heads())
         }
     }
     rt.run(Ask(op, dk, dv))
