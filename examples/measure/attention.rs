@@ -111,7 +111,7 @@ fn lightning_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
     };
     let mut case = Case::<E>::new(args)?;
     let mut state = State::new(batch, heads, dim, dv)?;
-    let times = timing::measure(args, || {
+    let times = timing::measure(args, rt, || {
         state.reset();
         let ([q, k, v], out) = case.views();
         op.forward(rt, q, k, v, out, &mut state).expect("valid arguments");
@@ -143,7 +143,7 @@ fn linear_noncausal_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome>
     let dv = args.dv.unwrap_or(dim);
     let op = LinearAttention::new(FeatureMap::Elu1);
     let mut case = Case::<E>::new(args)?;
-    let times = timing::measure(args, || {
+    let times = timing::measure(args, rt, || {
         let ([q, k, v], out) = case.views();
         op.forward(rt, q, k, v, out, None).expect("valid arguments");
     });
@@ -173,7 +173,7 @@ fn softmax_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let mask = if causal { Mask::Causal } else { Mask::Full };
     let op = SoftmaxAttention::new().with_mask(mask);
     let mut case = Case::<E>::new(args)?;
-    let times = timing::measure(args, || {
+    let times = timing::measure(args, rt, || {
         let ([q, k, v], out) = case.views();
         op.forward(rt, q, k, v, out).expect("valid arguments");
     });

@@ -98,11 +98,11 @@ pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     } else {
         None
     };
-    let times = timing::measure(args, || {
+    let times = timing::measure(args, rt, || {
         op.forward(rt, q.view(), k.view(), v.view(), out.view_mut(), &mut state)
             .expect("valid arguments");
     });
-    let touch = timing::measure(args, || rt.run(Loop(start.as_mut_slice(), true)));
+    let touch = timing::measure(args, rt, || rt.run(Loop(start.as_mut_slice(), true)));
     let bytes = (8 * batch * heads * dim * dv) as f64;
     let mut extra = serde_json::Map::new();
     extra.insert("gbytes_per_s_rw".into(), (bytes / median(times.clone()) / 1e9).into());
@@ -165,7 +165,7 @@ pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let mut logits = vec![0.0; args.batch * vocab];
     let mut rng = Rng::new(args.seed);
     let mut tokens = vec![0u32; args.batch];
-    let times = timing::measure(args, || {
+    let times = timing::measure(args, rt, || {
         tokens.fill_with(|| rng.below(vocab) as u32);
         model.decode_step(rt, &tokens, &mut state, &mut logits).expect("valid arguments");
     });
@@ -174,7 +174,7 @@ pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let weights = config.layers * per_layer + vocab * config.embed_dim;
     let bytes = 4.0 * weights as f64;
     let mut memory = vec![1.0f32; 128 << 20];
-    let read = median(timing::measure(args, || rt.run(Loop(&mut memory, false))));
+    let read = median(timing::measure(args, rt, || rt.run(Loop(&mut memory, false))));
     let (rate, limit) =
         (bytes / median(times.clone()) / 1e9, 4.0 * memory.len() as f64 / read / 1e9);
     let mut extra = serde_json::Map::new();

@@ -10,7 +10,7 @@ use linattn::scratch::Cut;
 use linattn::simd::{Backend, Left, Order, Right, Source, Task, Tiles, right_len};
 use linattn::tensor::{Rng, Tensor};
 
-struct Time<'a>(&'a Args);
+struct Time<'a>(&'a Args, &'a Runtime);
 
 impl Task for Time<'_> {
     type Output = Outcome;
@@ -34,12 +34,12 @@ impl Task for Time<'_> {
             let dst: &mut [<B::T as Tiles>::Elem] = bytemuck::cast_slice_mut(panels.as_mut_slice());
             b.call(Pack { src: Source::Rows(w, n), k, n, dst: &mut *dst });
             let right = Right::packed(&*dst, k);
-            timing::measure(self.0, || {
+            timing::measure(self.0, self.1, || {
                 let store = Store::new(output(&mut c, m, n));
                 product(b, Gemm { m, k, n, left, right, store }, &mut Cut::new(scratch));
             })
         } else {
-            timing::measure(self.0, || {
+            timing::measure(self.0, self.1, || {
                 let store = Store::new(output(&mut c, m, n));
                 matmul(b, [m, k, n], left, Source::Rows(w, n), store, &mut Cut::new(scratch));
             })
@@ -64,5 +64,5 @@ impl Task for Time<'_> {
 
 /// `m x k` times `k x n`.
 pub fn gemm(args: &Args, rt: &Runtime) -> Outcome {
-    rt.run(Time(args))
+    rt.run(Time(args, rt))
 }

@@ -3,6 +3,7 @@
 use crate::Args;
 use linattn::Runtime;
 use linattn::simd::{Backend, Kernel, Lanes, Task};
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -18,8 +19,22 @@ pub fn pin(threads: usize, core: i32) {
     }
 }
 
-/// Seconds per call, one entry per repetition: warm-up, then repetitions of enough calls to last `min_time`.
-pub fn measure(args: &Args, mut call: impl FnMut()) -> Vec<f64> {
+/// Ceilings seen between repetitions: clocks change with the instructions that ran just before.
+#[derive(Clone, Debug, Default)]
+pub struct Calibration(RefCell<Vec<f64>>);
+
+impl Calibration {
+    /// The median rate of multiply-adds from registers.
+    pub fn fma_gflops(&self) -> f64 {
+        let mut rates = self.0.borrow().clone();
+        rates.sort_by(f64::total_cmp);
+        rates.get(rates.len() / 2).copied().unwrap_or(0.0)
+    }
+}
+
+/// Seconds per call, one entry per repetition: warm-up, then repetitions of enough calls to last `min_time`, each
+/// followed by a short calibration.
+pub fn measure(args: &Args, rt: &Runtime, mut call: impl FnMut()) -> Vec<f64> {
     call();
     let start = Instant::now();
     call();
@@ -31,7 +46,9 @@ pub fn measure(args: &Args, mut call: impl FnMut()) -> Vec<f64> {
             for _ in 0..calls {
                 call();
             }
-            start.elapsed().as_secs_f64() / calls as f64
+            let seconds = start.elapsed().as_secs_f64() / calls as f64;
+            args.calibration.0.borrow_mut().push(rt.run(Peak));
+            seconds
         })
         .collect()
 }
@@ -64,22 +81,17 @@ struct Peak;
 impl Task for Peak {
     type Output = f64;
     fn run<B: Backend>(self, b: B) -> f64 {
-        const STEPS: usize = 20_000;
+        const STEPS: usize = 100_000;
         let flops = (2 * 12 * B::L::N * STEPS) as f64;
         let once = || {
             let start = Instant::now();
             black_box(b.call(Fma(black_box(STEPS))));
             flops / start.elapsed().as_secs_f64() / 1e9
         };
-        let mut rates: Vec<f64> = (0..30).map(|_| once()).collect();
+        let mut rates: Vec<f64> = (0..9).map(|_| once()).collect();
         rates.sort_by(f64::total_cmp);
         rates[rates.len() / 2]
     }
-}
-
-/// Multiply-adds from registers, the ceiling of one thread right now.
-pub fn fma_gflops(rt: &Runtime) -> f64 {
-    rt.run(Peak)
 }
 
 /// Relative L2 distance.

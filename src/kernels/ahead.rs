@@ -39,7 +39,7 @@ impl Part {
             address: address.wrapping_add(at.wrapping_mul(stride)),
             stride,
             width: width * size_of::<T>(),
-            rows: rows.min(n.saturating_sub(at)),
+            rows: if width == 0 { 0 } else { rows.min(n.saturating_sub(at)) },
         }
     }
 
@@ -80,22 +80,31 @@ impl Ahead {
         Self::new([], 0)
     }
 
-    /// Asks for one line.
+    /// Asks for the share of `rows` rows of tiles.
     #[inline(always)]
-    fn step<L: Lanes>(&mut self, l: L) {
-        let Some(part) = self.parts.get_mut(self.part) else {
-            return;
-        };
-        if part.rows == 0 {
-            self.part += 1;
-            return;
-        }
-        l.prefetch(part.address.wrapping_add(self.column));
-        self.column += LINE;
-        if self.column >= part.width {
-            self.column = 0;
-            part.address = part.address.wrapping_add(part.stride);
-            part.rows -= 1;
+    fn ask<L: Lanes>(&mut self, l: L, rows: usize) {
+        let mut due = self.pace * rows;
+        while due > 0 {
+            let Some(part) = self.parts.get_mut(self.part) else {
+                return;
+            };
+            if part.rows == 0 {
+                self.part += 1;
+                continue;
+            }
+            // All that is touched per line lives in registers: through memory a line would cost five cycles more.
+            let begin = part.address.wrapping_add(self.column);
+            let lines = (part.width - self.column).div_ceil(LINE).min(due);
+            for line in 0..lines {
+                l.prefetch(begin.wrapping_add(line * LINE));
+            }
+            due -= lines;
+            self.column += lines * LINE;
+            if self.column >= part.width {
+                self.column = 0;
+                part.address = part.address.wrapping_add(part.stride);
+                part.rows -= 1;
+            }
         }
     }
 }
@@ -124,9 +133,7 @@ impl<L: Lanes, S: Sink<L>> Sink<L> for Meanwhile<'_, S> {
         width: usize,
         acc: &[[L::F; V]; M],
     ) {
-        for _ in 0..self.ahead.pace * M {
-            self.ahead.step(l);
-        }
+        self.ahead.ask(l, M);
         self.sink.put_tile(l, i, j, width, acc);
     }
 }

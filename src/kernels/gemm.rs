@@ -8,13 +8,14 @@
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
-    Backend, Kernel, Left, Order, PANEL, Product, Right, Source, Term, Tiles, right_len,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
+    right_len,
 };
 use crate::tensor::ViewMut;
 
 /// Depth of a block: a panel block of `KC x PANEL` floats takes 128 KiB.
 const KC: usize = 1024;
-/// Rows of a block: `MC x KC` floats take 480 KiB.
+/// Rows of a block of full depth: `MC x KC` floats take 480 KiB.
 const MC: usize = 120;
 /// Up to this many rows the left operand fits the first cache level at any depth, and a right operand is read
 /// front to back exactly once: no blocking in depth.
@@ -54,7 +55,11 @@ pub fn matmul_bytes<B: Backend>(m: usize, k: usize, n: usize) -> usize {
 
 /// Rows and depth of a block.
 fn block(m: usize, k: usize) -> (usize, usize) {
-    if m <= SKINNY { (m, k) } else { (MC.min(m), KC.min(k)) }
+    if m <= SKINNY {
+        return (m, k);
+    }
+    let depth = KC.min(k).max(1);
+    (m.min(MC * KC / depth / MC * MC), depth)
 }
 
 /// One block of the product, entered as one kernel.
@@ -70,16 +75,29 @@ struct Block<'a, 'b, E> {
     row: usize,
 }
 
-/// Shifts rows on the way to a [`Store`].
+/// Shifts rows and columns on the way to a [`Store`].
 struct Shifted<'a, 'b> {
     store: &'b mut Store<'a>,
     row: usize,
+    column: usize,
 }
 
-impl<L: crate::simd::Lanes> crate::simd::Sink<L> for Shifted<'_, '_> {
+impl<L: Lanes> Sink<L> for Shifted<'_, '_> {
     #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.store.put(l, self.row + i, j, width, acc);
+        self.store.put(l, self.row + i, self.column + j, width, acc);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        self.store.put_tile(l, self.row + i, self.column + j, width, acc);
     }
 }
 
@@ -91,7 +109,7 @@ impl<B: Backend> Kernel<B> for Block<'_, '_, <B::T as Tiles>::Elem> {
         let second = Some(Term { left, right: self.right, k: self.k });
         let product =
             Product { m: self.m, n: self.n, first: None, second, causal: false, lower: false };
-        let mut sink = Shifted { store: self.store, row: self.row };
+        let mut sink = Shifted { store: self.store, row: self.row, column: 0 };
         b.tiles().product(b, &product, &mut sink);
     }
 }
@@ -162,6 +180,36 @@ impl<B: Backend> Kernel<B> for Pack<'_, <B::T as Tiles>::Elem> {
     }
 }
 
+/// A product of one block whose right operand is packed panel by panel, each used while it is in the first cache
+/// level.
+struct Strips<'a, E> {
+    m: usize,
+    k: usize,
+    n: usize,
+    left: Left<'a, f32>,
+    right: Source<'a>,
+    store: Store<'a>,
+    buffer: &'a mut [E],
+    panel: &'a mut [E],
+}
+
+impl<B: Backend> Kernel<B> for Strips<'_, <B::T as Tiles>::Elem> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Strips { m, k, n, left, right, mut store, buffer, panel } = self;
+        let (l, t) = (b.lanes(), b.tiles());
+        let left = t.pack_left(l, left, m, k, buffer);
+        for column in (0..n).step_by(PANEL) {
+            let width = PANEL.min(n - column);
+            t.pack_right(l, right.columns(column), k, width, panel);
+            let second = Some(Term { left, right: Right::packed(panel, k), k });
+            let product = Product { m, n: width, first: None, second, causal: false, lower: false };
+            t.product(b, &product, &mut Shifted { store: &mut store, row: 0, column });
+        }
+    }
+}
+
 /// As [`gemm`] with a right operand that is packed on the way, or read in place where that is faster.
 pub fn matmul<B: Backend>(
     b: B,
@@ -174,6 +222,11 @@ pub fn matmul<B: Backend>(
     let packed = scratch.take::<<B::T as Tiles>::Elem>(right_len(k, n));
     let right = match in_place::<B>(right, k, n) {
         Some(right) => right,
+        None if k > 0 && block(m, k) == (m, k) => {
+            let buffer = scratch.take(<B::T as Tiles>::left_len(m, k));
+            let panel = &mut packed[..right_len(k, n.min(PANEL))];
+            return b.call(Strips { m, k, n, left, right, store, buffer, panel });
+        }
         None => {
             b.call(Pack { src: right, k, n, dst: &mut *packed });
             Right::packed(packed, k)

@@ -1,6 +1,6 @@
 //! The sink of ordinary products: finished rows go to an output matrix.
 
-use crate::simd::{Lanes, Sink};
+use crate::simd::{Lanes, Sink, each_row};
 use crate::tensor::ViewMut;
 
 /// What becomes of the old contents of an output.
@@ -47,16 +47,35 @@ impl<'a> Store<'a> {
 
 impl<L: Lanes> Sink<L> for Store<'_> {
     #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        if width == V * L::N && self.is_plain() {
+            each_row!(r < M => {
+                let (row, _) = l.split_mut(&mut self.out.row_mut([i + r, 0])[j..j + V * L::N]);
+                let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+                *row = acc[r];
+            });
+        } else {
+            // A copy, so that the accumulators themselves are never indexed by a variable.
+            let rows = *acc;
+            for (r, row) in rows.iter().enumerate() {
+                self.put(l, i + r, j, width, row);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        let plain = self.is_plain();
         let out = &mut self.out.row_mut([i, 0])[j..j + width];
         let scale = self.scale.map(|s| s[i]);
         let bias = self.bias.map(|b| &b[j..j + width]);
-        if width == V * L::N && plain {
-            let (out, _) = l.split_mut(out);
-            let out: &mut [L::F; V] = out.try_into().expect("V vectors");
-            *out = *acc;
-        } else if width == V * L::N {
+        if width == V * L::N {
             for (v, acc) in acc.iter().enumerate() {
                 let at = v * L::N;
                 let bias = bias.map(|b| l.load(&b[at..]));

@@ -64,6 +64,17 @@ pub enum Source<'a> {
     Columns(&'a [f32], usize),
 }
 
+impl Source<'_> {
+    /// The same from column `j` on.
+    #[must_use]
+    pub fn columns(self, j: usize) -> Self {
+        match self {
+            Source::Rows(data, stride) => Source::Rows(&data[j..], stride),
+            Source::Columns(data, stride) => Source::Columns(&data[j * stride..], stride),
+        }
+    }
+}
+
 /// One term of a sum of products: `left (m x k) * right (k x n)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Term<'a, E> {

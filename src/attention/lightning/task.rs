@@ -1,16 +1,15 @@
 //! The work of one call, divided between threads.
 //!
 //! Heads (or batch rows) are independent and go to threads whole. When there are fewer of them than threads,
-//! the heads are shared: chunks of scores are formed in parallel, then ranges of value columns advance in
-//! parallel. Every element goes through the same operations in the same order either way.
+//! threads share a head by ranges of value columns: each forms the scores for itself, which costs less than to
+//! wait for those of another. Every element goes through the same operations in the same order either way.
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::ahead::{Ahead, Part};
 use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
-use crate::runtime::{Divide, Runtime, divide};
+use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, PANEL, Task};
 use crate::tensor::{Element, View, ViewMut};
@@ -20,8 +19,6 @@ use crate::tensor::{Element, View, ViewMut};
 const RECURRENT: usize = 3;
 /// Bytes of states that are advanced together: they and a chunk's buffers stay in the second cache level.
 const RESIDENT: usize = 1 << 20;
-/// Chunks whose scores are formed ahead when a head is shared between threads.
-const AHEAD: usize = 32;
 
 /// Some heads, or some batch rows, of a call.
 struct Job<'a, E> {
@@ -52,6 +49,24 @@ impl<'a, E: Element> Job<'a, E> {
         }
     }
 
+    /// Batch rows or heads: independent of each other.
+    fn outer(&self) -> usize {
+        if self.by_batch { self.q.shape()[0] } else { self.tables.len() }
+    }
+
+    /// Ranges of columns that threads may share a head by; a step needs whole rows of the state.
+    fn panels(&self) -> usize {
+        if self.q.shape()[1] <= RECURRENT { 1 } else { self.v.shape()[3].div_ceil(PANEL).max(1) }
+    }
+
+    fn split_columns(self, border: usize) -> (Self, Self) {
+        let dv = self.v.shape()[3];
+        let (out_a, out_b) = self.out.split_at(3, border);
+        let (state_a, state_b) = self.state.split_at(3, border);
+        let part = |from, to, out, state| Job { v: self.v.slice(3, from, to), out, state, ..self };
+        (part(0, border, out_a, state_a), part(border, dv, out_b, state_b))
+    }
+
     fn bytes<B: Backend>(&self) -> usize {
         let s = self.shape();
         if self.q.shape()[1] <= RECURRENT {
@@ -75,7 +90,7 @@ fn chunked_bytes<B: Backend>(shape: ChunkShape, heads: usize) -> usize {
 
 impl<E: Element> Divide for Job<'_, E> {
     fn units(&self) -> usize {
-        if self.by_batch { self.q.shape()[0] } else { self.tables.len() }
+        self.outer() * self.panels()
     }
 
     fn flops(&self) -> usize {
@@ -84,7 +99,12 @@ impl<E: Element> Divide for Job<'_, E> {
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
-        let (axis, n) = (if self.by_batch { 0 } else { 2 }, self.units());
+        let outer = self.outer();
+        if outer == 1 {
+            return self.split_columns(mid * PANEL);
+        }
+        let (axis, mid) =
+            (if self.by_batch { 0 } else { 2 }, mid.div_ceil(self.panels()).clamp(1, outer - 1));
         let (out_a, out_b) = self.out.split_at(axis, mid);
         let (state_a, state_b) = self.state.split_at(axis.min(1), mid);
         let (tables_a, tables_b) =
@@ -96,10 +116,9 @@ impl<E: Element> Divide for Job<'_, E> {
             out,
             state,
             tables,
-            scale: self.scale,
-            by_batch: self.by_batch,
+            ..self
         };
-        (part(0, mid, out_a, state_a, tables_a), part(mid, n, out_b, state_b, tables_b))
+        (part(0, mid, out_a, state_a, tables_a), part(mid, outer, out_b, state_b, tables_b))
     }
 }
 
@@ -144,7 +163,8 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
         for first in (0..heads).step_by(group) {
             let last = heads.min(first + group);
             for (h, panels) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
-                b.call(ToPanels { state: job.state.matrix_mut(n, h), dv: shape.dv, panels });
+                let state = job.state.reborrow().head_rows(n, h);
+                b.call(ToPanels { state, panels });
             }
             for at in (0..len).step_by(shape.chunk) {
                 let rows = shape.chunk.min(len - at);
@@ -175,132 +195,6 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
     }
 }
 
-/// Scores of some chunks of one head.
-struct ScoreJob<'a, E> {
-    head: Head<'a, E>,
-    shape: ChunkShape,
-    /// First row.
-    at: usize,
-    /// One past the last row.
-    end: usize,
-    scores: &'a mut [f32],
-}
-
-impl<E: Element> Divide for ScoreJob<'_, E> {
-    fn units(&self) -> usize {
-        (self.end - self.at).div_ceil(self.shape.chunk)
-    }
-    fn flops(&self) -> usize {
-        (self.end - self.at) * self.shape.chunk * self.shape.dk
-    }
-    fn split(self, mid: usize) -> (Self, Self) {
-        let (a, b) = self.scores.split_at_mut(mid * self.shape.score_len());
-        let border = self.at + mid * self.shape.chunk;
-        let part =
-            |at, end, scores| ScoreJob { head: self.head, shape: self.shape, at, end, scores };
-        (part(self.at, border, a), part(border, self.end, b))
-    }
-}
-
-/// Some value columns of one head, over the rows whose scores are known.
-struct ColumnJob<'a, E> {
-    head: Head<'a, E>,
-    shape: ChunkShape,
-    at: usize,
-    end: usize,
-    scores: &'a [f32],
-    out: ViewMut<'a, E, 2>,
-    state: &'a mut [f32],
-}
-
-impl<E: Element> Divide for ColumnJob<'_, E> {
-    fn units(&self) -> usize {
-        self.head.v.shape()[1].div_ceil(PANEL)
-    }
-    fn flops(&self) -> usize {
-        4 * (self.end - self.at) * self.shape.dk * self.head.v.shape()[1]
-    }
-    fn split(self, mid: usize) -> (Self, Self) {
-        let dv = self.head.v.shape()[1];
-        let border = mid * PANEL;
-        let (out_a, out_b) = self.out.split_at(1, border);
-        let (state_a, state_b) = self.state.split_at_mut(border * self.shape.dk);
-        let part = |from, to, out, state| ColumnJob {
-            head: Head { v: self.head.v.slice(1, from, to), ..self.head },
-            shape: self.shape,
-            at: self.at,
-            end: self.end,
-            scores: self.scores,
-            out,
-            state,
-        };
-        (part(0, border, out_a, state_a), part(border, dv, out_b, state_b))
-    }
-}
-
-/// A job whose heads are too few for the threads: they work on one head at a time together.
-fn shared<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, parts: usize, mut scratch: Cut<'_>) {
-    let ([batch, len, heads, _], shape) = (job.q.shape(), job.shape());
-    let panels = scratch.take::<f32>(shape.state_len());
-    let scores = scratch.take::<f32>(AHEAD * shape.score_len());
-    let per_part = shape.workspace_bytes::<B>();
-    let workspaces = scratch.take::<u8>(parts * per_part);
-    let stride = shape.score_stride();
-    for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
-        b.call(ToPanels { state: job.state.matrix_mut(n, h), dv: shape.dv, panels: &mut *panels });
-        let head = job.head(n, h);
-        for at in (0..len).step_by(AHEAD * shape.chunk) {
-            let end = len.min(at + AHEAD * shape.chunk);
-            let ahead = ScoreJob { head, shape, at, end, scores: &mut *scores };
-            divide(
-                ahead,
-                parts,
-                Cut::new(workspaces),
-                per_part,
-                &|part: ScoreJob<'_, E>, mut cut: Cut<'_>| {
-                    let mut work = Workspace::<B>::new(shape, &mut cut);
-                    let chunks = part.scores.chunks_exact_mut(shape.score_len());
-                    for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
-                        let rows = shape.chunk.min(part.end - at);
-                        let next = [head.k, head.q].map(|x| Part::of(x, [at + rows, shape.chunk]));
-                        let ahead = &mut Ahead::new(next, rows);
-                        b.call(Scores { head, at, rows, work: &mut work, scores, stride, ahead });
-                    }
-                },
-            );
-            let out = job.out.head_mut(n, h);
-            let columns = ColumnJob { head, shape, at, end, scores, out, state: &mut *panels };
-            divide(
-                columns,
-                parts,
-                Cut::new(workspaces),
-                per_part,
-                &|mut part: ColumnJob<'_, E>, mut cut: Cut<'_>| {
-                    let mut work = Workspace::<B>::new(shape, &mut cut);
-                    let chunks = part.scores.chunks_exact(shape.score_len());
-                    for (at, scores) in (part.at..part.end).step_by(shape.chunk).zip(chunks) {
-                        let (rows, head) = (shape.chunk.min(part.end - at), part.head);
-                        let ahead = &mut shape.ahead(&head, &part.out, at + rows);
-                        let (out, state) = (part.out.reborrow(), &mut *part.state);
-                        b.call(Advance {
-                            head,
-                            at,
-                            rows,
-                            work: &mut work,
-                            scores,
-                            stride,
-                            out,
-                            state,
-                            ahead,
-                        });
-                    }
-                },
-            );
-        }
-        b.call(FromPanels { panels, state: job.state.reborrow().head_rows(n, h) });
-    }
-}
-
 /// A call, ready to be dispatched.
 struct Forward<'r, 'a, E> {
     rt: &'r Runtime,
@@ -325,13 +219,6 @@ impl<E: Element> Task for Forward<'_, '_, E> {
         if len <= RECURRENT {
             let bytes = job.bytes::<B>();
             return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
-        }
-        if batch * heads < rt.threads() && dv > PANEL {
-            let (shape, parts) = (job.shape(), rt.threads());
-            let bytes = bytes_of::<f32>(shape.state_len())
-                + bytes_of::<f32>(AHEAD * shape.score_len())
-                + bytes_of::<u8>(parts * shape.workspace_bytes::<B>());
-            return rt.with_scratch(bytes, |cut| rt.enter(|| shared(b, job, parts, cut)));
         }
         let bytes = job.bytes::<B>();
         rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))

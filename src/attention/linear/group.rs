@@ -59,8 +59,8 @@ impl Group {
         let Some((s, z)) = states else { return };
         for (h, panels, sum) in self.heads(sums) {
             if self.shape.dv > 0 {
-                let (state, dv) = (s.matrix_mut(self.batch, h), self.shape.dv);
-                b.call(ToPanels { state, dv, panels });
+                let state = s.reborrow().head_rows(self.batch, h);
+                b.call(ToPanels { state, panels });
             }
             sum.copy_from_slice(z.matrix_mut(self.batch, h));
         }

@@ -3,13 +3,11 @@
 use crate::simd::{Backend, Kernel, PANEL};
 use crate::tensor::ViewMut;
 
-/// Between a row-major state `[dk, dv]` and panels; the padding of the last panel is zero.
+/// From a row-major state to panels; the padding of the last panel is zero.
 #[derive(Debug)]
 pub struct ToPanels<'a> {
-    /// `dk x dv`
-    pub state: &'a [f32],
-    /// Columns.
-    pub dv: usize,
+    /// `[dk, dv]`
+    pub state: ViewMut<'a, f32, 2>,
     /// [`ChunkShape::state_len`](super::ChunkShape::state_len) floats.
     pub panels: &'a mut [f32],
 }
@@ -17,13 +15,10 @@ pub struct ToPanels<'a> {
 impl<B: Backend> Kernel<B> for ToPanels<'_> {
     type Output = ();
     #[inline(always)]
-    fn run(self, _: B) {
-        if self.dv == 0 {
-            return;
-        }
-        let dk = self.state.len() / self.dv;
-        for (i, row) in self.state.chunks_exact(self.dv).enumerate() {
-            for (p, part) in row.chunks(PANEL).enumerate() {
+    fn run(mut self, _: B) {
+        let [dk, _] = self.state.shape();
+        for i in 0..dk {
+            for (p, part) in self.state.row_mut([i, 0]).chunks(PANEL).enumerate() {
                 let dst = &mut self.panels[(p * dk + i) * PANEL..][..PANEL];
                 dst[..part.len()].copy_from_slice(part);
                 dst[part.len()..].fill(0.0);
