@@ -19,7 +19,7 @@ fn normal(shape: [usize; 4], seed: u64) -> Tensor<4> {
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention");
     group.sample_size(10);
-    for isa in Isa::detected() {
+    for isa in Isa::detected().filter(|i| *i != Isa::Amx) {
         let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
         for (len, dim) in [(1, 128), (2048, 64), (2048, 128)] {
             let shape = [1, len, HEADS, dim];

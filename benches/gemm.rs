@@ -24,15 +24,16 @@ impl Task for Product<'_, '_> {
             t
         };
         let (a, w, mut c) = (make(m * k), make(k * n), make(m * n));
-        let mut scratch = make(matmul_bytes::<B>(m, k, n).div_ceil(4));
+        let mut scratch = make(matmul_bytes::<B::T>(m, k, n).div_ceil(4));
         let scratch: &mut [u8] = bytemuck::cast_slice_mut(scratch.as_mut_slice());
         self.group.throughput(Throughput::Elements(2 * (m * k * n) as u64));
         self.group.bench_function(BenchmarkId::new(B::NAME, format!("{m}x{k}x{n}")), |bench| {
             bench.iter(|| {
-                let left = Left { data: a.as_slice(), order: Order::Rows(k) };
+                let left = Left::new(a.as_slice(), Order::Rows(k));
                 let store = Store::new(output(c.as_mut_slice(), m, n));
                 matmul(
                     b,
+                    b.tiles(),
                     [m, k, n],
                     left,
                     Source::Rows(w.as_slice(), n),
@@ -46,7 +47,7 @@ impl Task for Product<'_, '_> {
 
 fn gemm(c: &mut Criterion) {
     let mut group = c.benchmark_group("gemm");
-    for isa in Isa::detected() {
+    for isa in Isa::detected().filter(|i| *i != Isa::Amx) {
         let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
         for shape in
             [[64, 64, 64], [128, 128, 128], [256, 128, 256], [1, 1024, 2816], [1024, 1024, 1024]]

@@ -28,23 +28,68 @@ enum Engine {
     Avx2(backend::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(backend::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    AmxBf16x3(backend::AmxBf16x3),
+    #[cfg(target_arch = "x86_64")]
+    AmxBf16(backend::AmxBf16),
     #[cfg(target_arch = "aarch64")]
     Neon(backend::Neon),
 }
 
+/// A line of [`ENGINES`].
+struct Choice {
+    /// The instruction set it needs.
+    isa: Isa,
+    /// The precision whose permission it needs.
+    precision: Precision,
+    detect: fn() -> Option<Engine>,
+}
+
+/// What can run, best first: the first line that permission, cap and machine allow.
+const ENGINES: &[Choice] = &[
+    #[cfg(target_arch = "x86_64")]
+    Choice {
+        isa: Isa::Amx,
+        precision: Precision::Bf16,
+        detect: || backend::AmxBf16::detect().map(Engine::AmxBf16),
+    },
+    #[cfg(target_arch = "x86_64")]
+    Choice {
+        isa: Isa::Amx,
+        precision: Precision::Bf16x3,
+        detect: || backend::AmxBf16x3::detect().map(Engine::AmxBf16x3),
+    },
+    #[cfg(target_arch = "x86_64")]
+    Choice {
+        isa: Isa::Avx512,
+        precision: Precision::F32,
+        detect: || backend::Avx512::detect().map(Engine::Avx512),
+    },
+    #[cfg(target_arch = "x86_64")]
+    Choice {
+        isa: Isa::Avx2,
+        precision: Precision::F32,
+        detect: || backend::Avx2::detect().map(Engine::Avx2),
+    },
+    #[cfg(target_arch = "aarch64")]
+    Choice {
+        isa: Isa::Neon,
+        precision: Precision::F32,
+        detect: || backend::Neon::detect().map(Engine::Neon),
+    },
+    Choice {
+        isa: Isa::Portable,
+        precision: Precision::F32,
+        detect: || Some(Engine::Portable(backend::Portable)),
+    },
+];
+
 impl Engine {
-    fn of(isa: Isa) -> Option<Self> {
-        match isa {
-            Isa::Portable => Some(Engine::Portable(backend::Portable)),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => backend::Avx2::detect().map(Engine::Avx2),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => backend::Avx512::detect().map(Engine::Avx512),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon => backend::Neon::detect().map(Engine::Neon),
-            #[allow(unreachable_patterns)] // each architecture leaves the others' arms to this one
-            _ => None,
-        }
+    /// The best engine within `cap` that `precision` permits.
+    fn best(cap: Isa, precision: Precision) -> Option<Self> {
+        let permitted = |p| p == Precision::F32 || p == precision;
+        let fits = |c: &&Choice| c.isa <= cap && permitted(c.precision);
+        ENGINES.iter().filter(fits).find_map(|c| (c.detect)())
     }
 }
 
@@ -107,7 +152,11 @@ impl Builder {
             None => env_isa()?.unwrap_or_else(Isa::best),
         };
         Ok(Runtime {
-            engine: Engine::of(isa).ok_or_else(|| Isa::refuse(isa.name()))?,
+            engine: match isa.available() {
+                true => Engine::best(isa, self.precision),
+                false => None,
+            }
+            .ok_or_else(|| Isa::refuse(isa.name()))?,
             precision: self.precision,
             threads: match self.threads {
                 Some(n) => Some(n),
@@ -193,7 +242,7 @@ impl Runtime {
         self.precision
     }
 
-    /// The matrix engine that really runs: `f32`.
+    /// The matrix engine that really runs: `f32`, `bf16x3` or `bf16`.
     #[must_use]
     pub fn engine(&self) -> &'static str {
         struct Ask;
@@ -237,6 +286,10 @@ impl Runtime {
             Engine::Avx2(b) => task.run(b),
             #[cfg(target_arch = "x86_64")]
             Engine::Avx512(b) => task.run(b),
+            #[cfg(target_arch = "x86_64")]
+            Engine::AmxBf16x3(b) => task.run(b),
+            #[cfg(target_arch = "x86_64")]
+            Engine::AmxBf16(b) => task.run(b),
             #[cfg(target_arch = "aarch64")]
             Engine::Neon(b) => task.run(b),
         }

@@ -117,7 +117,7 @@ type Shapes = [[usize; 4]; 5];
 
 /// Calls with poisoned outputs and a marked state; checks that a refused call changed neither.
 fn call(shapes: Shapes, seen: usize, borders: Option<&[usize]>) -> Result<()> {
-    let rt = support::runtime(Isa::best());
+    let rt = support::runtime(support::best());
     let op = LightningAttention::new(&[0.5, 0.25]).expect("an operation");
     let len = |s: [usize; 4]| s.iter().product::<usize>();
     let [q, k, v] = [0, 1, 2].map(|i| vec![1.0f32; len(shapes[i])]);

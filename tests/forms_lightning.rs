@@ -46,7 +46,7 @@ fn every_instruction_set_names_its_kernel() {
     assert_eq!(names.len(), all, "two instruction sets run the same kernel");
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512f") {
-        assert_eq!(Isa::best(), Isa::Avx512, "AVX-512 is not taken");
+        assert!(Isa::best() >= Isa::Avx512, "AVX-512 is not taken");
     }
     #[cfg(target_arch = "aarch64")]
     assert_eq!(Isa::best(), Isa::Neon, "NEON is not taken");

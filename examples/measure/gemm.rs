@@ -7,7 +7,7 @@ use linattn::kernels::gemm::{
 };
 use linattn::kernels::store::Store;
 use linattn::scratch::Cut;
-use linattn::simd::{Backend, Left, Order, Right, Source, Task, Tiles, right_len};
+use linattn::simd::{Backend, Left, Order, Right, Source, Task, Tiles};
 use linattn::tensor::{Rng, Tensor};
 
 struct Time<'a>(&'a Args, &'a Runtime);
@@ -25,23 +25,31 @@ impl Task for Time<'_> {
         let (a, w) = (make(m * k), make(k * n));
         let (a, w) = (a.as_slice(), w.as_slice());
         let mut c = vec![0.0f32; m * n];
-        let left = Left { data: a, order: Order::Rows(k) };
-        let words = (matmul_bytes::<B>(m, k, n) + gemm_bytes::<B>(m, k)).div_ceil(4);
+        let left = Left::new(a, Order::Rows(k));
+        let words = (matmul_bytes::<B::T>(m, k, n) + gemm_bytes::<B::T>(m, k)).div_ceil(4);
         let mut scratch = Tensor::<1>::zeros([words + 16]).expect("scratch");
         let scratch: &mut [u8] = bytemuck::cast_slice_mut(scratch.as_mut_slice());
         let times = if self.0.packed {
-            let mut panels = Tensor::<1>::zeros([right_len(k, n)]).expect("panels");
+            let mut panels = Tensor::<1>::zeros([B::T::right_len(k, n)]).expect("panels");
             let dst: &mut [<B::T as Tiles>::Elem] = bytemuck::cast_slice_mut(panels.as_mut_slice());
-            b.call(Pack { src: Source::Rows(w, n), k, n, dst: &mut *dst });
-            let right = Right::packed(&*dst, k);
+            b.call(Pack { tiles: b.tiles(), src: Source::Rows(w, n), k, n, dst: &mut *dst });
+            let right = B::T::right(dst, k);
             timing::measure(self.0, self.1, || {
                 let store = Store::new(output(&mut c, m, n));
-                product(b, Gemm { m, k, n, left, right, store }, &mut Cut::new(scratch));
+                product(b, b.tiles(), Gemm { m, k, n, left, right, store }, &mut Cut::new(scratch));
             })
         } else {
             timing::measure(self.0, self.1, || {
                 let store = Store::new(output(&mut c, m, n));
-                matmul(b, [m, k, n], left, Source::Rows(w, n), store, &mut Cut::new(scratch));
+                matmul(
+                    b,
+                    b.tiles(),
+                    [m, k, n],
+                    left,
+                    Source::Rows(w, n),
+                    store,
+                    &mut Cut::new(scratch),
+                );
             })
         };
         let error = self.0.check.then(|| {

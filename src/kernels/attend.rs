@@ -13,9 +13,7 @@
 use super::softmax::{Online, Visible, online_rows};
 use super::staging::{all_finite, partial_dot};
 use super::store::{Keep, Store};
-use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
-};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Queries of a block: with its keys' scores it stays in the first cache level.
@@ -26,6 +24,7 @@ pub const KEYS: usize = 128;
 pub const STRIDE: usize = KEYS + PANEL / 2;
 
 type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
+type ScoreElem<B> = <<B as Backend>::S as Tiles>::Elem;
 
 /// Which keys form a block.
 #[derive(Clone, Copy, Debug)]
@@ -106,7 +105,7 @@ fn stage<'a, B: Backend, E: Element>(
 /// Brings a block of keys and values into the form that the engine wants. The result says whether all values
 /// are finite; if not, `staged` holds them as plain rows.
 #[derive(Debug)]
-pub struct PackKeys<'a, E, T> {
+pub struct PackKeys<'a, E, K, V> {
     /// `[keys, dk]`
     pub k: View<'a, E, 2>,
     /// `[keys, dv]`
@@ -115,20 +114,20 @@ pub struct PackKeys<'a, E, T> {
     pub block: Block<'a>,
     /// [`KEYS`] rows as wide as the wider of keys and values.
     pub staged: &'a mut [f32],
-    /// [`right_len`](crate::simd::right_len)`(dk, KEYS)`
-    pub keys: &'a mut [T],
-    /// [`right_len`](crate::simd::right_len)`(KEYS, dv)`
-    pub values: &'a mut [T],
+    /// [`Tiles::right_len`]`(dk, KEYS)` of the engine for scores.
+    pub keys: &'a mut [K],
+    /// [`Tiles::right_len`]`(KEYS, dv)`
+    pub values: &'a mut [V],
 }
 
-impl<B: Backend, E: Element> Kernel<B> for PackKeys<'_, E, Elem<B>> {
+impl<B: Backend, E: Element> Kernel<B> for PackKeys<'_, E, ScoreElem<B>, Elem<B>> {
     type Output = bool;
     #[inline(always)]
     fn run(self, b: B) -> bool {
         let (l, t, n) = (b.lanes(), b.tiles(), self.block.len());
         let ([_, dk], [_, dv]) = (self.k.shape(), self.v.shape());
         let k = stage(b, self.k, self.block, &mut *self.staged);
-        t.pack_right(l, Source::Columns(k.data, k.stride), dk, n, self.keys);
+        b.scores().pack_right(l, Source::Columns(k.data, k.stride), dk, n, self.keys);
         let v = stage(b, self.v, self.block, &mut *self.staged);
         t.pack_right(l, Source::Rows(v.data, v.stride), n, dv, self.values);
         let finite = all_finite(l, v.data, v.stride, n, dv);
@@ -205,8 +204,11 @@ impl<'a> Bias<'a> {
 }
 
 /// One step of the recurrence at the top of this file.
-#[derive(Debug)]
-pub struct Attend<'a, T> {
+pub struct Attend<'a, B: Backend> {
+    /// The engine for scores, set up.
+    pub score_session: &'a <B::S as Tiles>::Session,
+    /// The engine for weighted sums, set up.
+    pub session: &'a <B::T as Tiles>::Session,
     /// Scaled queries, rows `q_stride` apart.
     pub q: &'a [f32],
     /// Distance between queries.
@@ -218,9 +220,9 @@ pub struct Attend<'a, T> {
     /// The keys.
     pub block: Block<'a>,
     /// Their rows.
-    pub keys: Keys<'a, T>,
+    pub keys: Keys<'a, ScoreElem<B>>,
     /// Their values.
-    pub values: Values<'a, T>,
+    pub values: Values<'a, Elem<B>>,
     /// What the queries see of the block.
     pub visible: Visible<'a>,
     /// Added to the scores.
@@ -232,9 +234,15 @@ pub struct Attend<'a, T> {
     /// [`ROWS`] times [`STRIDE`].
     pub scores: &'a mut [f32],
     /// Room for packed queries.
-    pub left_q: &'a mut [T],
+    pub left_q: &'a mut [ScoreElem<B>],
     /// Room for packed weights.
-    pub left_p: &'a mut [T],
+    pub left_p: &'a mut [Elem<B>],
+}
+
+impl<B: Backend> core::fmt::Debug for Attend<'_, B> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Attend").finish_non_exhaustive()
+    }
 }
 
 /// Scores on their way to memory; rows have room for whole tiles.
@@ -250,18 +258,18 @@ impl<L: Lanes> Sink<L> for Scores<'_> {
     }
 }
 
-impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
+impl<B: Backend> Kernel<B> for Attend<'_, B> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let (l, t) = (b.lanes(), b.tiles());
+        let (l, t, s) = (b.lanes(), b.tiles(), b.scores());
         let Attend { q, q_stride, dk, dv, block, visible, bias, online, acc, scores, .. } = self;
         let (rows, n) = (online.max.len(), visible.width());
         match self.keys {
             Keys::Packed(keys) => {
-                let left = Left { data: q, order: Order::Rows(q_stride) };
-                let left = t.pack_left(l, left, rows, dk, self.left_q);
-                let term = Term { left, right: Right::packed(keys, dk), k: dk };
+                let left = Left::new(q, Order::Rows(q_stride));
+                let left = s.pack_left(l, left, None, rows, dk, self.left_q);
+                let term = Term { left, right: B::S::right(keys, dk), k: dk };
                 let product = Product {
                     m: rows,
                     n,
@@ -270,7 +278,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
                     causal: false,
                     lower: false,
                 };
-                t.product(b, &product, &mut Scores(&mut *scores));
+                s.product(b, self.score_session, &product, &mut Scores(&mut *scores));
             }
             Keys::Plain(k) => {
                 for r in 0..rows {
@@ -292,9 +300,9 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
         online_rows(l, scores, STRIDE, visible, Online { max, sum, factor: &mut *factor });
         match self.values {
             Values::Packed(values) => {
-                let left = Left { data: &*scores, order: Order::Rows(STRIDE) };
-                let left = t.pack_left(l, left, rows, n, self.left_p);
-                let term = Term { left, right: Right::packed(values, block.len()), k: n };
+                let left = Left::new(&*scores, Order::Rows(STRIDE));
+                let left = t.pack_left(l, left, None, rows, n, self.left_p);
+                let term = Term { left, right: B::T::right(values, block.len()), k: n };
                 let product = Product {
                     m: rows,
                     n: dv,
@@ -305,7 +313,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, Elem<B>> {
                 };
                 let out = ViewMut::with_strides(acc, [rows, dv], [dv, 1]).expect("rows x dv sums");
                 let mut store = Store { keep: Keep::Rows(factor), ..Store::new(out) };
-                t.product(b, &product, &mut store);
+                t.product(b, self.session, &product, &mut store);
             }
             Values::Plain(v) => {
                 for r in 0..rows {

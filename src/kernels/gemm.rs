@@ -1,22 +1,19 @@
 //! Matrix products: `out = epilogue(left (m x k) * right (k x n))`.
 //!
 //! The right operand comes packed in panels (weights, packed once) or is packed into scratch on the way.
-//! The shared dimension is cut into blocks of `KC` and the rows into blocks of `MC`, which fit the second
-//! cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
+//! The shared dimension is cut into blocks of the engine's depth and the rows into blocks of `MC`, which fit the
+//! second cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
 //! in order, and every block costs one more pass over the output.
 
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
-    right_len,
 };
 use crate::tensor::ViewMut;
 
-/// Depth of a block: a panel block of `KC x PANEL` floats takes 128 KiB.
-const KC: usize = 1024;
-/// Rows of a block of full depth: `MC x KC` floats take 480 KiB.
-const MC: usize = 120;
+/// Rows of a block of full depth, rounded down to whole tiles: with 1024 floats of depth they take 480 KiB.
+const MC: usize = 128;
 /// Up to this many rows the left operand fits the first cache level at any depth, and a right operand is read
 /// front to back exactly once: no blocking in depth.
 const SKINNY: usize = 16;
@@ -42,35 +39,38 @@ pub struct Gemm<'a, E> {
 
 /// Scratch bytes of [`gemm`].
 #[must_use]
-pub fn gemm_bytes<B: Backend>(m: usize, k: usize) -> usize {
-    let (mc, kc) = block(m, k);
-    bytes_of::<<B::T as Tiles>::Elem>(<B::T as Tiles>::left_len(mc, kc))
+pub fn gemm_bytes<T: Tiles>(m: usize, k: usize) -> usize {
+    let (mc, kc) = block::<T>(m, k);
+    bytes_of::<T::Elem>(T::left_len(mc, kc))
 }
 
 /// Scratch bytes of [`matmul`].
 #[must_use]
-pub fn matmul_bytes<B: Backend>(m: usize, k: usize, n: usize) -> usize {
-    gemm_bytes::<B>(m, k) + bytes_of::<<B::T as Tiles>::Elem>(right_len(k, n))
+pub fn matmul_bytes<T: Tiles>(m: usize, k: usize, n: usize) -> usize {
+    gemm_bytes::<T>(m, k) + bytes_of::<T::Elem>(T::right_len(k, n))
 }
 
 /// Rows and depth of a block.
-fn block(m: usize, k: usize) -> (usize, usize) {
+fn block<T: Tiles>(m: usize, k: usize) -> (usize, usize) {
     if m <= SKINNY {
         return (m, k);
     }
-    let depth = KC.min(k).max(1);
-    (m.min(MC * KC / depth / MC * MC), depth)
+    let depth = T::DEPTH.min(k).max(1);
+    // Shallow blocks may be higher.
+    (m.min(MC * (T::DEPTH / depth) / T::MR * T::MR), depth)
 }
 
 /// One block of the product, entered as one kernel.
-struct Block<'a, 'b, E> {
+struct Block<'a, 'b, T: Tiles> {
+    tiles: T,
     m: usize,
     k: usize,
     n: usize,
     left: Left<'a, f32>,
-    right: Right<'a, E>,
+    right: Right<'a, T::Elem>,
     store: &'b mut Store<'a>,
-    buffer: &'b mut [E],
+    buffer: &'b mut [T::Elem],
+    session: &'b T::Session,
     /// First row of the block in the output.
     row: usize,
 }
@@ -101,27 +101,33 @@ impl<L: Lanes> Sink<L> for Shifted<'_, '_> {
     }
 }
 
-impl<B: Backend> Kernel<B> for Block<'_, '_, <B::T as Tiles>::Elem> {
+impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Block<'_, '_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let left = b.tiles().pack_left(b.lanes(), self.left, self.m, self.k, self.buffer);
+        let left = self.tiles.pack_left(b.lanes(), self.left, None, self.m, self.k, self.buffer);
         let second = Some(Term { left, right: self.right, k: self.k });
         let product =
             Product { m: self.m, n: self.n, first: None, second, causal: false, lower: false };
         let mut sink = Shifted { store: self.store, row: self.row, column: 0 };
-        b.tiles().product(b, &product, &mut sink);
+        self.tiles.product(b, self.session, &product, &mut sink);
     }
 }
 
 /// `store <- left * right`. Reads `right` once if `m` is at most 16. `2 m k n` flops.
-pub fn gemm<B: Backend>(b: B, g: Gemm<'_, <B::T as Tiles>::Elem>, scratch: &mut Cut<'_>) {
+pub fn gemm<B: Backend, T: Tiles<L = B::L>>(
+    b: B,
+    tiles: T,
+    g: Gemm<'_, T::Elem>,
+    scratch: &mut Cut<'_>,
+) {
     let Gemm { m, k, n, left, right, mut store } = g;
-    let (height, depth) = block(m, k);
-    let buffer = scratch.take::<<B::T as Tiles>::Elem>(<B::T as Tiles>::left_len(height, depth));
+    let (height, depth) = block::<T>(m, k);
+    let buffer = scratch.take::<T::Elem>(T::left_len(height, depth));
     if m == 0 || n == 0 {
         return;
     }
+    let session = &tiles.session();
     let (bias, scale, first) = (store.bias, store.scale, store.keep);
     let mut p = 0;
     loop {
@@ -133,13 +139,15 @@ pub fn gemm<B: Backend>(b: B, g: Gemm<'_, <B::T as Tiles>::Elem>, scratch: &mut 
         for row in (0..m).step_by(height) {
             let mc = height.min(m - row);
             b.call(Block {
+                tiles,
                 m: mc,
                 k: kc,
                 n,
                 left: block_of(left, row, p),
-                right: Right { data: right.data.get(p * right.stride..).unwrap_or(&[]), ..right },
+                right: right.rows(p),
                 store: &mut store,
                 buffer: &mut *buffer,
+                session,
                 row,
             });
         }
@@ -161,93 +169,93 @@ fn block_of(left: Left<'_, f32>, i: usize, p: usize) -> Left<'_, f32> {
 
 /// Packs a right operand, entered as one kernel.
 #[derive(Debug)]
-pub struct Pack<'a, E> {
+pub struct Pack<'a, T: Tiles> {
+    /// The engine that will read it.
+    pub tiles: T,
     /// Where it comes from.
     pub src: Source<'a>,
     /// Rows.
     pub k: usize,
     /// Columns.
     pub n: usize,
-    /// At least [`right_len`] elements.
-    pub dst: &'a mut [E],
+    /// At least [`Tiles::right_len`] elements.
+    pub dst: &'a mut [T::Elem],
 }
 
-impl<B: Backend> Kernel<B> for Pack<'_, <B::T as Tiles>::Elem> {
+impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Pack<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        b.tiles().pack_right(b.lanes(), self.src, self.k, self.n, self.dst);
+        self.tiles.pack_right(b.lanes(), self.src, self.k, self.n, self.dst);
     }
 }
 
 /// A product of one block whose right operand is packed panel by panel, each used while it is in the first cache
 /// level.
-struct Strips<'a, E> {
+struct Strips<'a, T: Tiles> {
+    tiles: T,
     m: usize,
     k: usize,
     n: usize,
     left: Left<'a, f32>,
     right: Source<'a>,
     store: Store<'a>,
-    buffer: &'a mut [E],
-    panel: &'a mut [E],
+    buffer: &'a mut [T::Elem],
+    panel: &'a mut [T::Elem],
 }
 
-impl<B: Backend> Kernel<B> for Strips<'_, <B::T as Tiles>::Elem> {
+impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Strips<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Strips { m, k, n, left, right, mut store, buffer, panel } = self;
-        let (l, t) = (b.lanes(), b.tiles());
-        let left = t.pack_left(l, left, m, k, buffer);
+        let Strips { tiles: t, m, k, n, left, right, mut store, buffer, panel } = self;
+        let l = b.lanes();
+        let (session, left) = (&t.session(), t.pack_left(l, left, None, m, k, buffer));
         for column in (0..n).step_by(PANEL) {
             let width = PANEL.min(n - column);
             t.pack_right(l, right.columns(column), k, width, panel);
-            let second = Some(Term { left, right: Right::packed(panel, k), k });
+            let second = Some(Term { left, right: T::right(panel, k), k });
             let product = Product { m, n: width, first: None, second, causal: false, lower: false };
-            t.product(b, &product, &mut Shifted { store: &mut store, row: 0, column });
+            t.product(b, session, &product, &mut Shifted { store: &mut store, row: 0, column });
         }
     }
 }
 
 /// As [`gemm`] with a right operand that is packed on the way, or read in place where that is faster.
-pub fn matmul<B: Backend>(
+pub fn matmul<B: Backend, T: Tiles<L = B::L>>(
     b: B,
+    tiles: T,
     [m, k, n]: [usize; 3],
     left: Left<'_, f32>,
     right: Source<'_>,
     store: Store<'_>,
     scratch: &mut Cut<'_>,
 ) {
-    let packed = scratch.take::<<B::T as Tiles>::Elem>(right_len(k, n));
-    let right = match in_place::<B>(right, k, n) {
+    let packed = scratch.take::<T::Elem>(T::right_len(k, n));
+    let right = match in_place::<T>(right, k, n) {
         Some(right) => right,
-        None if k > 0 && block(m, k) == (m, k) => {
-            let buffer = scratch.take(<B::T as Tiles>::left_len(m, k));
-            let panel = &mut packed[..right_len(k, n.min(PANEL))];
-            return b.call(Strips { m, k, n, left, right, store, buffer, panel });
+        None if k > 0 && block::<T>(m, k) == (m, k) => {
+            let buffer = scratch.take(T::left_len(m, k));
+            let panel = &mut packed[..T::right_len(k, n.min(PANEL))];
+            return b.call(Strips { tiles, m, k, n, left, right, store, buffer, panel });
         }
         None => {
-            b.call(Pack { src: right, k, n, dst: &mut *packed });
-            Right::packed(packed, k)
+            b.call(Pack { tiles, src: right, k, n, dst: &mut *packed });
+            T::right(packed, k)
         }
     };
-    gemm(b, Gemm { m, k, n, left, right, store }, scratch);
+    gemm(b, tiles, Gemm { m, k, n, left, right, store }, scratch);
 }
 
 /// The operand where it lies, if its engine reads `f32` and the whole of it fits the first cache level.
-fn in_place<'a, B: Backend>(
-    src: Source<'a>,
-    k: usize,
-    n: usize,
-) -> Option<Right<'a, <B::T as Tiles>::Elem>> {
+fn in_place<'a, T: Tiles>(src: Source<'a>, k: usize, n: usize) -> Option<Right<'a, T::Elem>> {
     match src {
         Source::Rows(data, stride)
             if stride == n && n.is_multiple_of(PANEL) && k * n <= IN_PLACE =>
         {
             let data = bytemuck::try_cast_slice(data).ok()?;
-            let same = size_of::<<B::T as Tiles>::Elem>() == size_of::<f32>();
-            same.then_some(Right { data, step: PANEL, stride })
+            let same = size_of::<T::Elem>() == size_of::<f32>();
+            same.then_some(Right { data, step: PANEL, stride, plane: 0 })
         }
         _ => None,
     }
@@ -256,7 +264,7 @@ fn in_place<'a, B: Backend>(
 /// A matrix view as the left operand.
 pub fn rows<'a>(view: crate::tensor::View<'a, f32, 2>) -> Left<'a, f32> {
     let (data, stride) = view.parts();
-    Left { data, order: Order::Rows(stride) }
+    Left::new(data, Order::Rows(stride))
 }
 
 /// The whole of a contiguous buffer as an output matrix. Panics if it is not `m x n`.

@@ -10,6 +10,9 @@ use crate::simd::{Backend, Kernel, PANEL, Right, Task, Tiles, right_len};
 use crate::tensor::{Element, Tensor, View, ViewMut};
 
 const OP: &str = "linear";
+/// Up to this many rows a product reads its weights as they are: to bring them into another engine's form takes
+/// longer than to multiply by them.
+const FEW: usize = 32;
 
 /// `y = x W^T + bias`, with `W` packed once into panels that every instruction set reads.
 ///
@@ -183,7 +186,10 @@ impl Task for Ask {
     type Output = usize;
     fn run<B: Backend>(self, _: B) -> usize {
         let [m, k, n] = self.0;
-        gemm_bytes::<B>(m, k) + bytes_of::<<B::T as Tiles>::Elem>(<B::T as Tiles>::view_len(k, n))
+        fn ask<T: Tiles>(m: usize, k: usize, n: usize) -> usize {
+            gemm_bytes::<T>(m, k) + bytes_of::<T::Elem>(T::view_len(k, n))
+        }
+        if m <= FEW { ask::<B::F>(m, k, n) } else { ask::<B::T>(m, k, n) }
     }
 }
 
@@ -216,19 +222,29 @@ impl Divide for Columns<'_> {
 }
 
 /// Panels of `f32` as the engine's own.
-struct Widen<'a, E> {
+struct Widen<'a, T: Tiles> {
+    tiles: T,
     panels: &'a [f32],
     k: usize,
     n: usize,
-    buffer: &'a mut [E],
+    buffer: &'a mut [T::Elem],
 }
 
-impl<'a, B: Backend> Kernel<B> for Widen<'a, <B::T as Tiles>::Elem> {
-    type Output = Right<'a, <B::T as Tiles>::Elem>;
+impl<'a, B: Backend, T: Tiles<L = B::L>> Kernel<B> for Widen<'a, T> {
+    type Output = Right<'a, T::Elem>;
     #[inline(always)]
     fn run(self, b: B) -> Self::Output {
-        b.tiles().view_right(b.lanes(), self.panels, self.k, self.n, self.buffer)
+        self.tiles.view_right(b.lanes(), self.panels, self.k, self.n, self.buffer)
     }
+}
+
+/// Some columns by one engine.
+fn columns<B: Backend, T: Tiles<L = B::L>>(b: B, tiles: T, job: Columns<'_>, mut cut: Cut<'_>) {
+    let ([m, k], [_, n]) = (job.x.shape(), job.out.shape());
+    let buffer = cut.take(T::view_len(k, n));
+    let right = b.call(Widen { tiles, panels: job.panels, k, n, buffer });
+    let store = Store { keep: job.keep, bias: job.bias, ..Store::new(job.out) };
+    gemm(b, tiles, Gemm { m, k, n, left: rows(job.x), right, store }, &mut cut);
 }
 
 struct Product<'r, 'a, 's> {
@@ -242,14 +258,9 @@ impl Task for Product<'_, '_, '_> {
     fn run<B: Backend>(self, b: B) {
         let ([m, k], [_, n]) = (self.job.x.shape(), self.job.out.shape());
         let bytes = Ask([m, k, n]).run(b);
-        let work = |job: Columns<'_>, mut cut: Cut<'_>| {
-            let n = job.out.shape()[1];
-            let buffer = cut.take(<B::T as Tiles>::view_len(k, n));
-            let right = b.call(Widen { panels: job.panels, k, n, buffer });
-            let store = Store { keep: job.keep, bias: job.bias, ..Store::new(job.out) };
-            let left = rows(job.x);
-            let product = Gemm { m, k, n, left, right, store };
-            gemm(b, product, &mut cut);
+        let work = |job: Columns<'_>, cut: Cut<'_>| match m <= FEW {
+            true => columns(b, b.plain(), job, cut),
+            false => columns(b, b.tiles(), job, cut),
         };
         self.rt.divide_in(self.job, self.scratch, bytes, &work);
     }

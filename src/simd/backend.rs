@@ -9,6 +9,8 @@ use super::isa::Isa;
 use super::lanes::Lanes;
 use super::lanes_portable::Portable as PortableLanes;
 use super::tiles::Tiles;
+#[cfg(target_arch = "x86_64")]
+use super::tiles_amx::Amx;
 use super::tiles_f32::Fma;
 use core::marker::PhantomData;
 
@@ -34,6 +36,10 @@ pub trait Backend: Copy + Send + Sync + 'static {
     type L: Lanes;
     /// Its matrix engine.
     type T: Tiles<L = Self::L>;
+    /// Its engine for products that feed an exponential, which turns absolute errors into relative ones.
+    type S: Tiles<L = Self::L>;
+    /// Its engine for operands in plain `f32`.
+    type F: Tiles<L = Self::L, Elem = f32>;
     /// Its conversions between element types.
     type C: Convert;
     /// The instruction set.
@@ -45,6 +51,10 @@ pub trait Backend: Copy + Send + Sync + 'static {
     fn lanes(self) -> Self::L;
     /// The matrix token.
     fn tiles(self) -> Self::T;
+    /// The matrix token for products that feed an exponential.
+    fn scores(self) -> Self::S;
+    /// The matrix token for operands in plain `f32`.
+    fn plain(self) -> Self::F;
     /// The conversion token.
     fn convert(self) -> Self::C;
     /// Runs `k` in code compiled for this backend.
@@ -58,6 +68,8 @@ pub struct Portable;
 impl Backend for Portable {
     type L = PortableLanes;
     type T = Fma<PortableLanes, 6, 2>;
+    type S = Self::T;
+    type F = Self::T;
     type C = super::convert::Generic;
     const ISA: Isa = Isa::Portable;
     const NAME: &'static str = "portable-f32-wide-6x8";
@@ -68,6 +80,14 @@ impl Backend for Portable {
     }
     #[inline(always)]
     fn tiles(self) -> Self::T {
+        Fma(PhantomData)
+    }
+    #[inline(always)]
+    fn scores(self) -> Self::S {
+        Fma(PhantomData)
+    }
+    #[inline(always)]
+    fn plain(self) -> Self::F {
         Fma(PhantomData)
     }
     #[inline(always)]
@@ -82,7 +102,11 @@ impl Backend for Portable {
 
 /// Declares a backend over a `pulp` token, entered with at least the features of that token.
 macro_rules! pulp_backend {
-    ($(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $mr:literal x $v:literal, $label:literal, $features:literal) => {
+    (
+        $(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $ready:expr, $label:literal,
+        plain: $plain:ty, tiles: $tiles:ty = $tile:expr, scores: $scores:ty = $score:expr,
+        features: $features:literal
+    ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
         pub struct $name(super::lanes_pulp::Pulp<$token>);
@@ -91,8 +115,9 @@ macro_rules! pulp_backend {
             /// The backend, if this machine has its instructions.
             #[must_use]
             pub fn detect() -> Option<Self> {
+                let ready = $isa.available() && $ready;
                 // SAFETY: `available` checked CPUID and XCR0 for every feature of the token.
-                $isa.available().then(|| Self(super::lanes_pulp::Pulp(unsafe { <$token>::new_unchecked() })))
+                ready.then(|| Self(super::lanes_pulp::Pulp(unsafe { <$token>::new_unchecked() })))
             }
 
             #[target_feature(enable = $features)]
@@ -104,7 +129,9 @@ macro_rules! pulp_backend {
 
         impl Backend for $name {
             type L = super::lanes_pulp::Pulp<$token>;
-            type T = Fma<Self::L, $mr, $v>;
+            type T = $tiles;
+            type S = $scores;
+            type F = $plain;
             type C = super::convert::Generic;
             const ISA: Isa = $isa;
             const NAME: &'static str = $label;
@@ -115,6 +142,14 @@ macro_rules! pulp_backend {
             }
             #[inline(always)]
             fn tiles(self) -> Self::T {
+                $tile
+            }
+            #[inline(always)]
+            fn scores(self) -> Self::S {
+                $score
+            }
+            #[inline(always)]
+            fn plain(self) -> Self::F {
                 Fma(PhantomData)
             }
             #[inline(always)]
@@ -133,19 +168,39 @@ macro_rules! pulp_backend {
 #[cfg(target_arch = "x86_64")]
 pulp_backend!(
     /// AVX2 and FMA: 6 x 16 register tiles.
-    Avx2, pulp::x86::V3, Isa::Avx2, 6 x 2, "x86_64-f32-avx2-6x16",
-    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
+    Avx2, pulp::x86::V3, Isa::Avx2, true, "x86_64-f32-avx2-6x16",
+    plain: Fma<Self::L, 6, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
 );
 
 #[cfg(target_arch = "x86_64")]
 pulp_backend!(
     /// AVX-512: 12 x 32 register tiles.
-    Avx512, pulp::x86::V4, Isa::Avx512, 12 x 2, "x86_64-f32-avx512-12x32",
-    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+    Avx512, pulp::x86::V4, Isa::Avx512, true, "x86_64-f32-avx512-12x32",
+    plain: Fma<Self::L, 12, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+);
+
+#[cfg(target_arch = "x86_64")]
+pulp_backend!(
+    /// AMX with operands rounded to `bf16`: 32 x 32 sums in four tiles. Scores that feed an exponential are split.
+    AmxBf16, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16-amx-32x32",
+    plain: Fma<Self::L, 12, 2>, tiles: Amx<1> = Amx(()), scores: Amx<2> = Amx(()),
+    features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
+);
+
+#[cfg(target_arch = "x86_64")]
+pulp_backend!(
+    /// AMX with operands split into two `bf16` each; scores that feed an exponential in `f32`.
+    AmxBf16x3, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16x3-amx-32x32",
+    plain: Fma<Self::L, 12, 2>, tiles: Amx<2> = Amx(()), scores: Self::F = Fma(PhantomData),
+    features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
 
 #[cfg(target_arch = "aarch64")]
 pulp_backend!(
     /// NEON: 6 x 16 register tiles.
-    Neon, pulp::aarch64::Neon, Isa::Neon, 6 x 4, "aarch64-f32-neon-6x16", "neon"
+    Neon, pulp::aarch64::Neon, Isa::Neon, true, "aarch64-f32-neon-6x16",
+    plain: Fma<Self::L, 6, 4>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    features: "neon"
 );

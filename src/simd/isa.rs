@@ -19,11 +19,14 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, CD, DQ, VL.
     Avx512,
+    /// AVX-512 with BF16, and AMX tiles with BF16 products. Only products whose precision permits it use the tiles;
+    /// everything else is as with [`Avx512`](Isa::Avx512).
+    Amx,
 }
 
 impl Isa {
     /// All instruction sets the crate knows, weakest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The fixed lower-case name, as `LINATTN_ISA` spells it.
     #[must_use]
@@ -33,6 +36,7 @@ impl Isa {
             Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 
@@ -47,6 +51,8 @@ impl Isa {
             Isa::Avx2 => probe::levels() >= 1,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => probe::levels() >= 2,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => probe::levels() >= 3,
             #[allow(unreachable_patterns)] // each architecture leaves the others' arms to this one
             _ => false,
         }
@@ -97,7 +103,7 @@ mod probe {
     const UNKNOWN: u8 = u8::MAX;
     static LEVEL: AtomicU8 = AtomicU8::new(UNKNOWN);
 
-    /// 0: baseline only, 1: AVX2 class, 2: AVX-512 class. Probed once.
+    /// 0: baseline only, 1: AVX2 class, 2: AVX-512 class, 3: AMX as well. Probed once.
     pub fn levels() -> u8 {
         let known = LEVEL.load(Ordering::Relaxed);
         if known != UNKNOWN {
@@ -136,9 +142,12 @@ mod probe {
             return 0;
         }
         // AVX-512 F, DQ, CD, BW, VL.
-        if zmm && has(seven.ebx, &[16, 17, 28, 30, 31]) {
-            return 2;
+        if !zmm || !has(seven.ebx, &[16, 17, 28, 30, 31]) {
+            return 1;
         }
-        1
+        // AMX-BF16 and AMX-TILE; AVX512-BF16; the state of tiles and of their configuration.
+        let more = if seven.eax >= 1 { __cpuid_count(7, 1).eax } else { 0 };
+        let tiles = has(seven.edx, &[22, 24]) && has(more, &[5]);
+        if tiles && saved >> 17 & 3 == 3 { 3 } else { 2 }
     }
 }

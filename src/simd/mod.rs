@@ -4,6 +4,8 @@
 //! machine level, and [`Isa`] says which levels this machine has. The folder is public so that kernels of
 //! other crates can be written against the same words.
 
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod backend;
 pub mod convert;
 pub mod isa;
@@ -12,6 +14,10 @@ pub mod lanes_portable;
 pub mod lanes_pulp;
 pub mod math;
 pub mod tiles;
+#[cfg(target_arch = "x86_64")]
+pub mod tiles_amx;
+#[cfg(target_arch = "x86_64")]
+mod tiles_amx_pack;
 pub mod tiles_f32;
 
 pub use backend::{Backend, Kernel, Task};

@@ -23,6 +23,16 @@ pub struct Left<'a, E> {
     pub data: &'a [E],
     /// Where they lie.
     pub order: Order,
+    /// Distance to the second part of every element, for engines that split them; 0 otherwise.
+    pub plane: usize,
+}
+
+impl<'a, E> Left<'a, E> {
+    /// Elements in one part.
+    #[must_use]
+    pub fn new(data: &'a [E], order: Order) -> Self {
+        Self { data, order, plane: 0 }
+    }
 }
 
 /// Columns of a panel of a right operand: the same for every vector width, so that packed weights outlive
@@ -39,17 +49,25 @@ pub struct Right<'a, E> {
     pub step: usize,
     /// Elements from one row to the next inside a panel; [`PANEL`] when packed.
     pub stride: usize,
+    /// Distance to the second part of every element, for engines that split them; 0 otherwise.
+    pub plane: usize,
 }
 
 impl<'a, E> Right<'a, E> {
-    /// Packed panels of a right operand with `k` rows.
+    /// The rows from `p` on; in a packed operand, `p` is a multiple of [`Tiles::DEPTH`].
     #[must_use]
-    pub fn packed(data: &'a [E], k: usize) -> Self {
-        Self { data, step: k * PANEL, stride: PANEL }
+    pub fn rows(self, p: usize) -> Self {
+        Self { data: self.data.get(p * self.stride..).unwrap_or(&[]), ..self }
+    }
+
+    /// The columns from `j` on, a multiple of [`PANEL`].
+    #[must_use]
+    pub fn columns(self, j: usize) -> Self {
+        Self { data: self.data.get(j / PANEL * self.step..).unwrap_or(&[]), ..self }
     }
 }
 
-/// Elements of a packed `k x n` right operand.
+/// Floats of a `k x n` matrix in panels of `f32`.
 #[must_use]
 pub const fn right_len(k: usize, n: usize) -> usize {
     k * n.next_multiple_of(PANEL)
@@ -147,15 +165,36 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     type L: Lanes;
     /// Storage of packed operands.
     type Elem: bytemuck::Pod + Send + Sync;
+    /// What a thread holds while it runs products: the set-up of a matrix unit, released when dropped. It belongs to
+    /// buffers of one worker, lives as long as they do and never crosses a spawn.
+    type Session;
     /// Rows of a full tile: blocks of rows are best multiples of it.
     const MR: usize;
     /// Columns of a full tile; divides [`PANEL`].
     const NR: usize;
-    /// The fixed name of the engine's microkernel.
+    /// Steps of the shared dimension that packed operands are padded to.
+    const STEP: usize;
+    /// Steps of the shared dimension that are best kept together, a multiple of [`STEP`](Self::STEP).
+    const DEPTH: usize;
+    /// Rows of a chunk at which the quadratic part of a chunked recurrence costs about as much as its passes over
+    /// the state.
+    const CHUNK: usize;
+    /// The fixed name of the engine.
     const NAME: &'static str;
 
+    /// Sets up the engine for this thread.
+    fn session(self) -> Self::Session;
+
+    /// Elements of a packed `k x n` right operand.
+    #[must_use]
+    fn right_len(k: usize, n: usize) -> usize;
+
+    /// A `k x n` right operand that [`pack_right`](Self::pack_right) has written to `data`.
+    #[must_use]
+    fn right(data: &[Self::Elem], k: usize) -> Right<'_, Self::Elem>;
+
     /// Packs a `k x n` right operand into panels, zeros behind the last column. `dst` has at least
-    /// [`right_len`] elements.
+    /// [`right_len`](Self::right_len) elements.
     fn pack_right(self, l: Self::L, src: Source<'_>, k: usize, n: usize, dst: &mut [Self::Elem]);
 
     /// Elements that [`pack_left`](Self::pack_left) may need.
@@ -166,11 +205,13 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     #[must_use]
     fn view_len(k: usize, n: usize) -> usize;
 
-    /// Packs an `m x k` left operand; may return `src` itself when the engine can read it in place.
+    /// Packs an `m x k` left operand, column `p` multiplied by `weights[p]` if there are weights; may return `src`
+    /// itself when the engine can read it in place.
     fn pack_left<'a>(
         self,
         l: Self::L,
         src: Left<'a, f32>,
+        weights: Option<&[f32]>,
         m: usize,
         k: usize,
         dst: &'a mut [Self::Elem],
@@ -190,6 +231,7 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     fn product<B: Backend<L = Self::L>, S: Sink<Self::L>>(
         self,
         b: B,
+        session: &Self::Session,
         p: &Product<'_, Self::Elem>,
         sink: &mut S,
     );

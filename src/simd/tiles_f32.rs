@@ -2,7 +2,7 @@
 
 use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
-use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
+use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
 use core::cmp::Ordering;
 use core::marker::PhantomData;
 
@@ -249,9 +249,23 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
 impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     type L = L;
     type Elem = f32;
+    type Session = ();
     const MR: usize = MR;
     const NR: usize = V * L::N;
+    const STEP: usize = 1;
+    const DEPTH: usize = 1024;
+    const CHUNK: usize = 32;
     const NAME: &'static str = "f32";
+
+    fn session(self) {}
+
+    fn right_len(k: usize, n: usize) -> usize {
+        right_len(k, n)
+    }
+
+    fn right(data: &[f32], k: usize) -> Right<'_, f32> {
+        Right { data, step: k * PANEL, stride: PANEL, plane: 0 }
+    }
 
     #[inline(always)]
     fn pack_right(self, l: L, src: Source<'_>, k: usize, n: usize, dst: &mut [f32]) {
@@ -274,6 +288,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         self,
         l: L,
         src: Left<'a, f32>,
+        weights: Option<&[f32]>,
         m: usize,
         k: usize,
         dst: &'a mut [f32],
@@ -281,12 +296,23 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         // Rows a multiple of 1 KiB apart meet in few sets of the first cache level: read over and over, they
         // are worth a copy.
         const MEET: usize = 256;
+        let factor = |p: usize| weights.map(|w| l.splat(w[p]));
         match src.order {
-            Order::Rows(s) if s % MEET == 0 && m > MR => {
-                for i in 0..m {
-                    copy(l, &src.data[i * s..][..k], &mut dst[i * (k + GAP)..][..k]);
+            Order::Columns(s) if weights.is_some() => {
+                for p in 0..k {
+                    copy(l, &src.data[p * s..][..m], factor(p), &mut dst[p * m..][..m]);
                 }
-                Left { data: dst, order: Order::Rows(k + GAP) }
+                Left::new(dst, Order::Columns(m))
+            }
+            Order::Rows(s) if weights.is_some() || s % MEET == 0 && m > MR => {
+                for i in 0..m {
+                    let row = &mut dst[i * (k + GAP)..][..k];
+                    copy(l, &src.data[i * s..][..k], None, row);
+                    for (x, w) in row.iter_mut().zip(weights.unwrap_or(&[])) {
+                        *x *= w;
+                    }
+                }
+                Left::new(dst, Order::Rows(k + GAP))
             }
             _ => src,
         }
@@ -301,11 +327,17 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         _: usize,
         _: &'a mut [f32],
     ) -> Right<'a, f32> {
-        Right::packed(src, k)
+        Self::right(src, k)
     }
 
     #[inline(always)]
-    fn product<B: Backend<L = L>, S: Sink<L>>(self, b: B, p: &Product<'_, f32>, sink: &mut S) {
+    fn product<B: Backend<L = L>, S: Sink<L>>(
+        self,
+        b: B,
+        (): &(),
+        p: &Product<'_, f32>,
+        sink: &mut S,
+    ) {
         Self::check(p);
         let mut j = 0;
         while j < p.n {
@@ -371,8 +403,11 @@ fn pack_columns<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, 
 }
 
 #[inline(always)]
-fn copy<L: Lanes>(l: L, src: &[f32], dst: &mut [f32]) {
-    for (s, d) in src.chunks(L::N).zip(dst.chunks_mut(L::N)) {
-        l.store_head(d, l.load_head(s));
+fn copy<L: Lanes>(l: L, src: &[f32], factor: Option<L::F>, dst: &mut [f32]) {
+    let times = |x| factor.map_or(x, |f| l.mul(x, f));
+    let ((s, s_tail), (d, d_tail)) = (l.split(src), l.split_mut(dst));
+    for (s, d) in s.iter().zip(d) {
+        *d = times(*s);
     }
+    l.store_head(d_tail, times(l.load_head(s_tail)));
 }

@@ -1,11 +1,11 @@
 //! Runs case files: inputs, parameters and expected outputs of one operation, layer or model each.
 //!
 //! - `LINATTN_CASES=DIR` reads another folder than `tests/cases`.
-//! - `LINATTN_ISA=NAME` tests that instruction set only; otherwise every one that the machine has.
+//! - `LINATTN_ISA=NAME` tests that instruction set only; otherwise every engine that the machine has.
 //! - `LINATTN_REPORT=FILE` appends one line of JSON per compared tensor.
 //!
 //! A file whose system nothing here computes is reported as ignored. Every `out.*` tensor of the others must be
-//! compared, at the tolerance that the file states.
+//! compared, at the tolerance that the file states, or at that of an engine that rounds.
 
 mod case;
 mod run;
@@ -46,7 +46,7 @@ fn trials(path: &Path) -> Vec<Trial> {
     let known = system.is_some();
     let mut trials = vec![
         Trial::test(stem.clone(), move || match system {
-            Some(system) => run::on_every_isa(&case, system),
+            Some(system) => run::on_every_engine(&case, system),
             None => Err(format!("nothing computes the system `{}`", case.system).into()),
         })
         .with_ignored_flag(!known),

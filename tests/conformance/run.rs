@@ -1,7 +1,7 @@
-//! Runs a case on every instruction set, compares and reports.
+//! Runs a case on every engine, compares and reports.
 
 use crate::case::Case;
-use crate::support::{isas, rel_err, runtime, widen};
+use crate::support::{engines, rel_err, widen};
 use crate::systems::System;
 use libtest_mimic::Failed;
 use linattn::Runtime;
@@ -11,7 +11,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// One case on one instruction set with one hint for the chunk size.
+/// One case on one engine with one hint for the chunk size.
 pub struct Run<'a> {
     pub case: &'a Case,
     pub rt: &'a Runtime,
@@ -55,14 +55,16 @@ impl Run<'_> {
 }
 
 /// The test of one file.
-pub fn on_every_isa(case: &Case, system: System) -> Result<(), Failed> {
+pub fn on_every_engine(case: &Case, system: System) -> Result<(), Failed> {
     let mut faults = Vec::new();
     let mut hints = vec![None];
     if case.config.get("chunk").is_some() {
         hints.push(Some(case.size("chunk")));
     }
-    for isa in isas() {
-        let rt = runtime(isa);
+    // Layers and models have a name of two parts.
+    let operation = !case.system.contains('.') && case.system != "checkpoint";
+    for engine in engines() {
+        let (rt, isa) = (engine.runtime(), format!("{} {}", engine.isa, engine.name()));
         let errors = RefCell::default();
         for chunk in &hints {
             let run = Run { case, rt: &rt, chunk: *chunk, errors: &errors };
@@ -78,7 +80,8 @@ pub fn on_every_isa(case: &Case, system: System) -> Result<(), Failed> {
             }
         }
         let errors = errors.into_inner();
-        for (tensor, (err, tolerance)) in &errors {
+        for (tensor, (err, own)) in &errors {
+            let tolerance = &engine.tolerance(*own, operation);
             report(case, &rt, tensor, *err, *tolerance).map_err(|e| format!("report: {e}"))?;
             if err > tolerance {
                 faults.push(format!(

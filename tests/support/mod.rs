@@ -2,14 +2,88 @@
 #![allow(dead_code)] // every test program uses its own part of it
 
 use linattn::tensor::{Rng, View, ViewMut};
-use linattn::{Isa, Runtime};
+use linattn::{Isa, Precision, Runtime};
 
-/// The instruction sets to test: all that the machine has, or the one that `LINATTN_ISA` names.
+/// The vector instruction sets to test: all that the machine has, or the one that `LINATTN_ISA` names. Matrix units are
+/// [`engines`].
 pub fn isas() -> Vec<Isa> {
-    match std::env::var("LINATTN_ISA") {
-        Ok(name) if !name.is_empty() => vec![Isa::parse(&name).expect("LINATTN_ISA")],
-        _ => Isa::detected().collect(),
+    match asked() {
+        Some(Isa::Amx) => vec![Isa::Avx512],
+        Some(isa) => vec![isa],
+        None => Isa::detected().filter(|i| *i != Isa::Amx).collect(),
     }
+}
+
+fn asked() -> Option<Isa> {
+    let name = std::env::var("LINATTN_ISA").ok().filter(|n| !n.is_empty())?;
+    Some(Isa::parse(&name).expect("LINATTN_ISA"))
+}
+
+/// A way to compute products, and what it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Engine {
+    pub isa: Isa,
+    pub precision: Precision,
+}
+
+impl Engine {
+    pub fn name(self) -> &'static str {
+        match self.precision {
+            Precision::F32 => "f32",
+            Precision::Bf16x3 => "bf16x3",
+            _ => "bf16",
+        }
+    }
+
+    /// The tolerance of a case that states `own` for `f32`; of an operation, or of a layer or model.
+    pub fn tolerance(self, own: f64, operation: bool) -> f64 {
+        match self.precision {
+            _ if own == 0.0 => 0.0,
+            Precision::F32 => own,
+            Precision::Bf16x3 if operation => own,
+            Precision::Bf16x3 => 3.0 * own,
+            _ if operation => 5e-3,
+            _ => 2e-2,
+        }
+    }
+
+    /// A runtime that is proven to run this engine.
+    pub fn runtime(self) -> Runtime {
+        self.with_threads(None)
+    }
+
+    /// As [`runtime`](Self::runtime), with a number of threads.
+    pub fn with_threads(self, threads: Option<usize>) -> Runtime {
+        let mut builder = Runtime::builder().isa(self.isa).precision(self.precision);
+        if let Some(n) = threads {
+            builder = builder.threads(n);
+        }
+        let rt = builder.build().expect("a detected instruction set");
+        assert_eq!(rt.isa(), self.isa, "another instruction set was taken");
+        assert_eq!(rt.engine(), self.name(), "another engine was taken");
+        let kernel = rt.kernel();
+        let says = kernel.contains(self.isa.name()) && kernel.contains(self.name());
+        assert!(says, "{kernel} does not run {self:?}, it seems");
+        rt
+    }
+}
+
+/// The matrix engines to test beside `f32`: none without a matrix unit.
+pub fn tiled() -> Vec<Engine> {
+    let here = asked().is_none_or(|i| i == Isa::Amx) && Isa::Amx.available();
+    let precisions = [Precision::Bf16x3, Precision::Bf16].into_iter().filter(|_| here);
+    precisions.map(|precision| Engine { isa: Isa::Amx, precision }).collect()
+}
+
+/// All engines to test.
+pub fn engines() -> Vec<Engine> {
+    let vectors = isas().into_iter().map(|isa| Engine { isa, precision: Precision::F32 });
+    let all: Vec<_> = match asked() {
+        Some(Isa::Amx) => tiled(),
+        _ => vectors.chain(tiled()).collect(),
+    };
+    assert!(!all.is_empty(), "nothing to test");
+    all
 }
 
 /// A runtime that is proven to run `isa`.
@@ -19,15 +93,12 @@ pub fn runtime(isa: Isa) -> Runtime {
 
 /// As [`runtime`], with a number of threads.
 pub fn with_threads(isa: Isa, threads: Option<usize>) -> Runtime {
-    let mut builder = Runtime::builder().isa(isa);
-    if let Some(n) = threads {
-        builder = builder.threads(n);
-    }
-    let rt = builder.build().expect("a detected instruction set");
-    assert_eq!(rt.isa(), isa, "another instruction set was taken");
-    let kernel = rt.kernel();
-    assert!(kernel.contains(isa.name()), "{kernel} does not run {isa}, it seems");
-    rt
+    Engine { isa, precision: Precision::F32 }.with_threads(threads)
+}
+
+/// The best vector instruction set.
+pub fn best() -> Isa {
+    isas().into_iter().max().expect("portable at least")
 }
 
 /// How many cases a property is tried on: `PROPTEST_CASES`, or `default`.

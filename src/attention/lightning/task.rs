@@ -157,7 +157,7 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
         (job.q.shape(), job.shape(), group(job.shape(), job.tables.len()));
     let states = scratch.take::<f32>(group * shape.state_len());
     let scores = scratch.take::<f32>(shape.score_len());
-    let mut work = Workspace::<B>::new(shape, &mut scratch);
+    let mut work = Workspace::<B>::new(b, shape, &mut scratch);
     let stride = shape.score_stride();
     for n in 0..batch {
         for first in (0..heads).step_by(group) {

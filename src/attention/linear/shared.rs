@@ -101,7 +101,7 @@ pub(super) fn run<B: Backend, E: Element>(
                 Cut::new(workspaces),
                 per_part,
                 &|job: SegmentJob<'_>, mut cut: Cut<'_>| {
-                    let mut work = LinearWork::<B>::new(shape, &mut cut);
+                    let mut work = LinearWork::<B>::new(b, shape, &mut cut);
                     for (i, sums) in job.sums.chunks_exact_mut(one).enumerate() {
                         let from = (job.at + i) * SEGMENT;
                         sums.fill(0.0);
@@ -123,7 +123,7 @@ pub(super) fn run<B: Backend, E: Element>(
             Cut::new(workspaces),
             per_part,
             &|job: ReadJob<'_, E>, mut cut: Cut<'_>| {
-                let mut work = LinearWork::<B>::new(shape, &mut cut);
+                let mut work = LinearWork::<B>::new(b, shape, &mut cut);
                 group.read(b, job.q, total, &mut work, job.out);
             },
         );

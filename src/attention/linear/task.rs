@@ -109,7 +109,7 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
     let (shape, form, one) = (job.shape(), job.form, sums_len(job.shape()));
     let most = group_len(shape, heads);
     let (totals, sums) = (scratch.take::<f32>(most * one), scratch.take::<f32>(most * one));
-    let mut work = LinearWork::<B>::new(shape, &mut scratch);
+    let mut work = LinearWork::<B>::new(b, shape, &mut scratch);
     let groups = (0..batch).flat_map(|n| (0..heads).step_by(most).map(move |h| (n, h)));
     for (batch, first) in groups {
         let count = most.min(heads - first);

@@ -123,7 +123,7 @@ fn next_block<'a>(
 fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
     let ([batch, lq, ..], kv_heads, group) = (job.q.shape(), job.k.shape()[2], job.group());
     let shape = shape_of(&job);
-    let mut work = Work::<B>::new(shape, &mut scratch);
+    let mut work = Work::<B>::new(b, shape, &mut scratch);
     let (rows, long) = (lq * group, shape.rows.max(1));
     for batch in 0..batch {
         for kv in 0..kv_heads {
@@ -215,6 +215,8 @@ fn span<B: Backend, E: Element>(
                 },
                 acc: &mut work.acc[from * dv..to * dv],
                 scores: &mut *work.scores,
+                score_session: &work.score_session,
+                session: &work.session,
                 left_q: &mut *work.left_q,
                 left_p: &mut *work.left_p,
             });

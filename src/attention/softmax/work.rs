@@ -2,7 +2,7 @@
 
 use crate::kernels::attend::{KEYS, ROWS, STRIDE};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Tiles, right_len};
+use crate::simd::{Backend, Tiles};
 
 /// What decides how much scratch a part takes.
 #[derive(Clone, Copy)]
@@ -14,6 +14,7 @@ pub(super) struct Shape {
 }
 
 type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
+type ScoreElem<B> = <<B as Backend>::S as Tiles>::Elem;
 
 /// The buffers of one part.
 pub(super) struct Work<'a, B: Backend> {
@@ -27,10 +28,12 @@ pub(super) struct Work<'a, B: Backend> {
     pub list: &'a mut [usize],
     pub staged: &'a mut [f32],
     pub staged_values: &'a mut [f32],
-    pub keys: &'a mut [Elem<B>],
+    pub keys: &'a mut [ScoreElem<B>],
     pub values: &'a mut [Elem<B>],
-    pub left_q: &'a mut [Elem<B>],
+    pub left_q: &'a mut [ScoreElem<B>],
     pub left_p: &'a mut [Elem<B>],
+    pub score_session: <B::S as Tiles>::Session,
+    pub session: <B::T as Tiles>::Session,
 }
 
 impl Shape {
@@ -40,7 +43,7 @@ impl Shape {
     }
 
     /// Lengths of the buffers of [`Work`], in order: of `f32`, of `usize`, of packed elements.
-    fn lens<B: Backend>(&self) -> ([usize; 8], [usize; 2], [usize; 4]) {
+    fn lens<B: Backend>(&self) -> ([usize; 8], [usize; 2], [usize; 2], [usize; 2]) {
         let Shape { rows, dk, dv, few } = *self;
         let packed = |n: usize| if few { 0 } else { n };
         let staged = if few { dk } else { dk.max(dv) };
@@ -56,31 +59,29 @@ impl Shape {
                 if few { KEYS * dv } else { 0 },
             ],
             [ROWS, KEYS],
-            [
-                packed(right_len(dk, KEYS)),
-                packed(right_len(KEYS, dv)),
-                packed(<B::T as Tiles>::left_len(ROWS, dk)),
-                packed(<B::T as Tiles>::left_len(ROWS, KEYS)),
-            ],
+            [packed(B::S::right_len(dk, KEYS)), packed(B::S::left_len(ROWS, dk))],
+            [packed(B::T::right_len(KEYS, dv)), packed(B::T::left_len(ROWS, KEYS))],
         )
     }
 
     pub fn bytes<B: Backend>(&self) -> usize {
-        let (floats, indices, packed) = self.lens::<B>();
+        let (floats, indices, scores, sums) = self.lens::<B>();
         let sum =
             |lens: &[usize], of: fn(usize) -> usize| lens.iter().map(|n| of(*n)).sum::<usize>();
         sum(&floats, bytes_of::<f32>)
             + sum(&indices, bytes_of::<usize>)
-            + sum(&packed, bytes_of::<Elem<B>>)
+            + sum(&scores, bytes_of::<ScoreElem<B>>)
+            + sum(&sums, bytes_of::<Elem<B>>)
     }
 }
 
 impl<'a, B: Backend> Work<'a, B> {
-    pub fn new(shape: Shape, cut: &mut Cut<'a>) -> Self {
-        let (floats, indices, packed) = shape.lens::<B>();
+    pub fn new(b: B, shape: Shape, cut: &mut Cut<'a>) -> Self {
+        let (floats, indices, scores_len, sums_len) = shape.lens::<B>();
         let [q, acc, max, sum, factor, scores, staged, staged_values] = floats.map(|n| cut.take(n));
         let [visible, list] = indices.map(|n| cut.take(n));
-        let [keys, values, left_q, left_p] = packed.map(|n| cut.take(n));
+        let [keys, left_q] = scores_len.map(|n| cut.take(n));
+        let [values, left_p] = sums_len.map(|n| cut.take(n));
         Self {
             q,
             acc,
@@ -96,6 +97,8 @@ impl<'a, B: Backend> Work<'a, B> {
             values,
             left_q,
             left_p,
+            score_session: b.scores().session(),
+            session: b.tiles().session(),
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{all_finite, stage};
 use crate::kernels::store::Store;
 use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, each_row,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row,
 };
 use crate::tensor::{Element, ViewMut};
 
@@ -106,9 +106,6 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
         }
         let (q, qs) = stage(b, head.q, [at, m], work.q);
         let (k, ks) = stage(b, head.k, [at, m], work.k);
-        for (r, w) in head.decay.key(m).iter().enumerate() {
-            weigh(l, &k[r * ks..][..dk], *w, &mut work.weighted[r * dk..][..dk]);
-        }
         let query_scale: &[f32] = if head.scale == 1.0 {
             head.decay.query(m)
         } else {
@@ -117,11 +114,13 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             }
             work.query_scale
         };
-        let left_q = t.pack_left(l, Left { data: q, order: Order::Rows(qs) }, m, dk, work.left_q);
-        let keys = Left { data: &*work.weighted, order: Order::Columns(dk) };
-        let left_k = t.pack_left(l, keys, dk, m, work.left_k);
-        let left_p =
-            t.pack_left(l, Left { data: scores, order: Order::Rows(stride) }, m, m, work.left_p);
+        let left_q = Left::new(q, Order::Rows(qs));
+        let left_q = t.pack_left(l, left_q, None, m, dk, work.left_q);
+        let keys = Left::new(k, Order::Columns(ks));
+        let left_k = t.pack_left(l, keys, Some(head.decay.key(m)), dk, m, work.left_k);
+        let left_p = Left::new(scores, Order::Rows(stride));
+        let left_p = t.pack_left(l, left_p, None, m, m, work.left_p);
+        let values = B::T::right(work.values, m);
         for j in (0..dv).step_by(PANEL) {
             let n = PANEL.min(dv - j);
             let state = &mut state[j * dk..][..PANEL * dk];
@@ -145,7 +144,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 }
                 continue;
             }
-            let values = Right::packed(&work.values[j * m..][..PANEL * m], m);
+            let values = values.columns(j);
             let right_s = t.view_right(l, state, dk, n, work.view_s);
             let product = Product {
                 m,
@@ -158,12 +157,17 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             match E::as_f32_view(out.reborrow()) {
                 Some(out) => {
                     let out = out.slice(0, at, at + m).slice(1, j, j + n);
-                    t.product(b, &product, &mut Meanwhile { sink: Store::new(out), ahead });
+                    t.product(
+                        b,
+                        &work.session,
+                        &product,
+                        &mut Meanwhile { sink: Store::new(out), ahead },
+                    );
                 }
                 None => {
                     let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
                     let sink = Store::new(rows.expect("rows in the buffer"));
-                    t.product(b, &product, &mut Meanwhile { sink, ahead });
+                    t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
                     for r in 0..m {
                         let row = &mut out.row_mut([at + r, 0])[j..j + n];
                         E::narrow(b.convert(), &work.out[r * dv..][..n], row);
@@ -179,17 +183,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 lower: false,
             };
             let sink = Update { state, forget, flush };
-            t.product(b, &product, &mut Meanwhile { sink, ahead });
+            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
         }
     }
-}
-
-#[inline(always)]
-fn weigh<L: Lanes>(l: L, src: &[f32], w: f32, dst: &mut [f32]) {
-    let (s, s_tail) = l.split(src);
-    let (d, d_tail) = l.split_mut(dst);
-    for (d, s) in d.iter_mut().zip(s) {
-        *d = l.mul(*s, l.splat(w));
-    }
-    l.store_head(d_tail, l.mul(l.load_head(s_tail), l.splat(w)));
 }

@@ -76,11 +76,11 @@ impl ChunkShape {
     pub fn workspace_bytes<B: Backend>(&self) -> usize {
         let rows = bytes_of::<f32>(self.chunk * self.dk);
         let values = bytes_of::<f32>(self.chunk * self.dv);
-        3 * rows
+        2 * rows
             + 2 * values
             + bytes_of::<f32>(self.chunk)
-            + bytes_of::<Elem<B>>(right_len(self.dk, self.chunk))
-            + bytes_of::<Elem<B>>(right_len(self.chunk, self.dv))
+            + bytes_of::<Elem<B>>(B::T::right_len(self.dk, self.chunk))
+            + bytes_of::<Elem<B>>(B::T::right_len(self.chunk, self.dv))
             + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.chunk, self.dk))
             + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.dk, self.chunk))
             + bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(self.chunk, self.chunk))
@@ -96,7 +96,7 @@ pub struct Workspace<'a, B: Backend> {
     k: &'a mut [f32],
     v: &'a mut [f32],
     out: &'a mut [f32],
-    weighted: &'a mut [f32],
+    session: <B::T as Tiles>::Session,
     query_scale: &'a mut [f32],
     keys: &'a mut [Elem<B>],
     values: &'a mut [Elem<B>],
@@ -108,17 +108,17 @@ pub struct Workspace<'a, B: Backend> {
 
 impl<'a, B: Backend> Workspace<'a, B> {
     /// Cuts the buffers off `scratch`.
-    pub fn new(shape: ChunkShape, scratch: &mut Cut<'a>) -> Self {
+    pub fn new(b: B, shape: ChunkShape, scratch: &mut Cut<'a>) -> Self {
         let ChunkShape { chunk, dk, dv } = shape;
         Self {
             q: scratch.take(chunk * dk),
             k: scratch.take(chunk * dk),
             v: scratch.take(chunk * dv),
             out: scratch.take(chunk * dv),
-            weighted: scratch.take(chunk * dk),
+            session: b.tiles().session(),
             query_scale: scratch.take(chunk),
-            keys: scratch.take(right_len(dk, chunk)),
-            values: scratch.take(right_len(chunk, dv)),
+            keys: scratch.take(B::T::right_len(dk, chunk)),
+            values: scratch.take(B::T::right_len(chunk, dv)),
             left_q: scratch.take(<B::T as Tiles>::left_len(chunk, dk)),
             left_k: scratch.take(<B::T as Tiles>::left_len(dk, chunk)),
             left_p: scratch.take(<B::T as Tiles>::left_len(chunk, chunk)),

@@ -4,7 +4,7 @@ use super::{Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::DecayTable;
 use crate::kernels::staging::stage;
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Right, Sink, Source, Term, Tiles};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Sink, Source, Term, Tiles};
 use crate::tensor::Element;
 
 /// `P = scale * (Q K^T) o M` of one chunk.
@@ -56,17 +56,19 @@ impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
         let (q, qs) = stage(b, head.q, [at, m], work.q);
         let (k, ks) = stage(b, head.k, [at, m], work.k);
         t.pack_right(l, Source::Columns(k, ks), dk, m, work.keys);
-        let left = t.pack_left(l, Left { data: q, order: Order::Rows(qs) }, m, dk, work.left_q);
+        let left = Left::new(q, Order::Rows(qs));
+        let left = t.pack_left(l, left, None, m, dk, work.left_q);
         let product = Product {
             m,
             n: m,
             first: None,
-            second: Some(Term { left, right: Right::packed(work.keys, dk), k: dk }),
+            second: Some(Term { left, right: B::T::right(work.keys, dk), k: dk }),
             causal: false,
             lower: true,
         };
         t.product(
             b,
+            &work.session,
             &product,
             &mut Meanwhile {
                 sink: Masked { scores, stride, decay: head.decay, scale: head.scale },

@@ -1,12 +1,12 @@
 //! Blocks of keys that are added to a state, blocks of queries that read it.
 
-use super::{Form, LinearWork, SCORES};
+use super::{Elem, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
 use crate::kernels::feature_map::map_rows;
 use crate::kernels::staging::{add_columns, partial_dot, stage};
 use crate::kernels::store::Store;
 use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, each_row,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row,
 };
 use crate::tensor::{Element, View, ViewMut};
 
@@ -156,28 +156,28 @@ pub(super) fn read<B: Backend, E: Element>(
     causal: bool,
 ) {
     let (l, t) = (b.lanes(), b.tiles());
-    let left_q = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
-    let left_q = t.pack_left(l, left_q, m, dk, work.left_q);
+    let left_q = Left::new(&*work.q, Order::Rows(work.q_stride));
+    let left_q = t.pack_left(l, left_q, None, m, dk, work.left_q);
     let left_p = causal.then(|| {
-        let left = Left { data: &*work.scores, order: Order::Rows(SCORES) };
-        t.pack_left(l, left, m, m, work.left_p)
+        let left = Left::new(&*work.scores, Order::Rows(SCORES));
+        t.pack_left(l, left, None, m, m, work.left_p)
     });
     for j in (0..dv).step_by(PANEL) {
         let n = PANEL.min(dv - j);
         let right = t.view_right(l, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
         let inter = Term { left: left_q, right, k: dk };
-        let intra = left_p.map(|left| (values(left, work.values, m, j), &*work.ones));
+        let intra = left_p.map(|left| (values::<B>(left, work.values, m, j), &*work.ones));
         let product = product(m, n, inter, intra);
         let (scale, ahead) = (Some(&*work.weight), &mut work.ahead);
         if let Some(out) = E::as_f32_view(out.reborrow()) {
             let out = out.slice(0, at, at + m).slice(1, j, j + n);
             let sink = Store { scale, ..Store::new(out) };
-            t.product(b, &product, &mut Meanwhile { sink, ahead });
+            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
             continue;
         }
         let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
         let sink = Store { scale, ..Store::new(rows.expect("rows in the buffer")) };
-        t.product(b, &product, &mut Meanwhile { sink, ahead });
+        t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
         for r in 0..m {
             let row = &mut out.row_mut([at + r, 0])[j..j + n];
             E::narrow(b.convert(), &work.out[r * dv..][..n], row);
@@ -196,18 +196,22 @@ pub(super) fn absorb<B: Backend>(
 ) {
     let (l, t) = (b.lanes(), b.tiles());
     add_columns(l, work.k, [m, dk], z);
-    let left = Left { data: &*work.k, order: Order::Columns(dk) };
-    let left = t.pack_left(l, left, dk, m, work.left_k);
+    let left = Left::new(&*work.k, Order::Columns(dk));
+    let left = t.pack_left(l, left, None, dk, m, work.left_k);
     for j in (0..dv).step_by(PANEL) {
-        let product = product(dk, PANEL.min(dv - j), values(left, work.values, m, j), None);
+        let product = product(dk, PANEL.min(dv - j), values::<B>(left, work.values, m, j), None);
         let (sink, ahead) = (Add(&mut state[j * dk..][..PANEL * dk]), &mut work.ahead);
-        t.product(b, &product, &mut Meanwhile { sink, ahead });
+        t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
     }
 }
 
 /// `left` times the value columns of the panel at `j`.
 #[inline(always)]
-fn values<'a, E: Copy>(left: Left<'a, E>, values: &'a [E], m: usize, j: usize) -> Term<'a, E> {
-    let right = Right::packed(&values[j * m..][..PANEL * m], m);
-    Term { left, right, k: m }
+fn values<'a, B: Backend>(
+    left: Left<'a, Elem<B>>,
+    values: &'a [Elem<B>],
+    m: usize,
+    j: usize,
+) -> Term<'a, Elem<B>> {
+    Term { left, right: B::T::right(values, m).columns(j), k: m }
 }

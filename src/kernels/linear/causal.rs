@@ -7,9 +7,7 @@ use crate::kernels::decay::Forget;
 use crate::kernels::feature_map::map_rows;
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{add_columns, all_finite, partial_dot, stage};
-use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
-};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Row `r` of a causal mask of `CHUNK` rows is a window of these.
@@ -68,13 +66,13 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
         }
         t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
         t.pack_right(l, Source::Columns(work.k, dk), dk, m, work.keys);
-        let left = Left { data: &*work.q, order: Order::Rows(work.q_stride) };
-        let left = t.pack_left(l, left, m, dk, work.left_q);
-        let right = Right::packed(&*work.keys, dk);
+        let left = Left::new(&*work.q, Order::Rows(work.q_stride));
+        let left = t.pack_left(l, left, None, m, dk, work.left_q);
+        let right = B::T::right(work.keys, dk);
         let scores = Some(Term { left, right, k: dk });
         let product = Product { m, n: m, first: None, second: scores, causal: false, lower: true };
         let (sink, ahead) = (Masked(&mut *work.scores), &mut work.ahead);
-        t.product(b, &product, &mut Meanwhile { sink, ahead });
+        t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
         weights(l, form, [m, dk], work, z, true);
         read(b, [m, dk, dv], work, state, out, at, true);
         absorb(b, [m, dk, dv], work, state, z);

@@ -91,8 +91,8 @@ impl LinearShape {
         (
             [rows * self.q_stride(), rows * dk, rows * dv, rows * dv, rows, rows, CHUNK * SCORES],
             [
-                right_len(dk, CHUNK),
-                right_len(rows, dv),
+                B::T::right_len(dk, CHUNK),
+                B::T::right_len(rows, dv),
                 <B::T as Tiles>::left_len(rows, dk),
                 <B::T as Tiles>::left_len(dk, rows),
                 <B::T as Tiles>::left_len(CHUNK, CHUNK),
@@ -128,6 +128,7 @@ pub struct LinearWork<'a, B: Backend> {
     left_k: &'a mut [Elem<B>],
     left_p: &'a mut [Elem<B>],
     view_s: &'a mut [Elem<B>],
+    session: <B::T as Tiles>::Session,
     q_stride: usize,
     /// What is needed next, asked for during the products of the next kernel.
     pub ahead: Ahead,
@@ -135,7 +136,7 @@ pub struct LinearWork<'a, B: Backend> {
 
 impl<'a, B: Backend> LinearWork<'a, B> {
     /// Cuts the buffers off `scratch`.
-    pub fn new(shape: LinearShape, scratch: &mut Cut<'a>) -> Self {
+    pub fn new(b: B, shape: LinearShape, scratch: &mut Cut<'a>) -> Self {
         let (floats, packed) = shape.lens::<B>();
         let [q, k, v, out, weight, ones, scores] = floats.map(|n| scratch.take::<f32>(n));
         let [keys, values, left_q, left_k, left_p, view_s] =
@@ -156,6 +157,7 @@ impl<'a, B: Backend> LinearWork<'a, B> {
             left_k,
             left_p,
             view_s,
+            session: b.tiles().session(),
             q_stride,
             ahead: Ahead::none(),
         }
