@@ -4,7 +4,11 @@
 //! below that door must inline; everything above it is ordinary code compiled for the baseline. Entering costs
 //! about half a nanosecond, so kernels are entered per tile loop or per row, and compiled once per backend.
 
-use super::convert::Convert;
+use super::convert::{Convert, Generic, Steps};
+#[cfg(target_arch = "aarch64")]
+use super::convert_arm::NeonSteps;
+#[cfg(target_arch = "x86_64")]
+use super::convert_x86::{Avx512Steps, F16c};
 use super::isa::Isa;
 use super::lanes::Lanes;
 use super::lanes_portable::Portable as PortableLanes;
@@ -58,7 +62,7 @@ pub struct Portable;
 impl Backend for Portable {
     type L = PortableLanes;
     type T = Fma<PortableLanes, 6, 2>;
-    type C = super::convert::Generic;
+    type C = Generic;
     const ISA: Isa = Isa::Portable;
     const NAME: &'static str = "portable-f32-wide-6x8";
 
@@ -72,7 +76,7 @@ impl Backend for Portable {
     }
     #[inline(always)]
     fn convert(self) -> Self::C {
-        super::convert::Generic
+        Generic
     }
     #[inline(never)]
     fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
@@ -82,7 +86,8 @@ impl Backend for Portable {
 
 /// Declares a backend over a `pulp` token, entered with at least the features of that token.
 macro_rules! pulp_backend {
-    ($(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $mr:literal x $v:literal, $label:literal, $features:literal) => {
+    ($(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $mr:literal x $v:literal,
+        $steps:ident x $n:literal, $label:literal, $features:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
         pub struct $name(super::lanes_pulp::Pulp<$token>);
@@ -105,7 +110,7 @@ macro_rules! pulp_backend {
         impl Backend for $name {
             type L = super::lanes_pulp::Pulp<$token>;
             type T = Fma<Self::L, $mr, $v>;
-            type C = super::convert::Generic;
+            type C = Steps<$steps, $n>;
             const ISA: Isa = $isa;
             const NAME: &'static str = $label;
 
@@ -119,7 +124,8 @@ macro_rules! pulp_backend {
             }
             #[inline(always)]
             fn convert(self) -> Self::C {
-                super::convert::Generic
+                // SAFETY: a value of this type exists only if the machine has the features of `enter`.
+                Steps(unsafe { $steps::new_unchecked(self.0.0) })
             }
             #[inline(always)]
             fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
@@ -133,19 +139,19 @@ macro_rules! pulp_backend {
 #[cfg(target_arch = "x86_64")]
 pulp_backend!(
     /// AVX2 and FMA: 6 x 16 register tiles.
-    Avx2, pulp::x86::V3, Isa::Avx2, 6 x 2, "x86_64-f32-avx2-6x16",
+    Avx2, pulp::x86::V3, Isa::Avx2, 6 x 2, F16c x 8, "x86_64-f32-avx2-6x16",
     "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
 );
 
 #[cfg(target_arch = "x86_64")]
 pulp_backend!(
     /// AVX-512: 12 x 32 register tiles.
-    Avx512, pulp::x86::V4, Isa::Avx512, 12 x 2, "x86_64-f32-avx512-12x32",
+    Avx512, pulp::x86::V4, Isa::Avx512, 12 x 2, Avx512Steps x 16, "x86_64-f32-avx512-12x32",
     "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 );
 
 #[cfg(target_arch = "aarch64")]
 pulp_backend!(
     /// NEON: 6 x 16 register tiles.
-    Neon, pulp::aarch64::Neon, Isa::Neon, 6 x 4, "aarch64-f32-neon-6x16", "neon"
+    Neon, pulp::aarch64::Neon, Isa::Neon, 6 x 4, NeonSteps x 4, "aarch64-f32-neon-6x16", "neon"
 );
