@@ -1,8 +1,10 @@
-//! Vector math over a slice in the first cache level.
+//! Vector math and conversions over a slice in the first cache level.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::{bf16, f16};
+use linattn::simd::convert::Generic;
 use linattn::simd::{Backend, Kernel, Lanes, Task, math};
-use linattn::tensor::Rng;
+use linattn::tensor::{Element, Rng};
 use linattn::{Isa, Runtime};
 
 const LEN: usize = 4096;
@@ -63,6 +65,67 @@ impl<F: Function> Task for Bench<'_, '_, F> {
     }
 }
 
+/// One direction of a conversion, by the backend or by the form that any target has.
+struct OneWay<'a, E, const OWN: bool, const WIDEN: bool>(&'a mut [E], &'a mut [f32]);
+
+impl<B: Backend, E: Element, const OWN: bool, const WIDEN: bool> Kernel<B>
+    for OneWay<'_, E, OWN, WIDEN>
+{
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        match (OWN, WIDEN) {
+            (true, true) => E::widen(b.convert(), self.0, self.1),
+            (false, true) => E::widen(Generic, self.0, self.1),
+            (true, false) => E::narrow(b.convert(), self.1, self.0),
+            (false, false) => E::narrow(Generic, self.1, self.0),
+        }
+    }
+}
+
+/// So many elements of a type both ways, with the instruction set's own conversions and without.
+struct BenchConvert<'a, 'c, E>(
+    &'a mut criterion::BenchmarkGroup<'c, criterion::measurement::WallTime>,
+    std::marker::PhantomData<E>,
+    usize,
+);
+
+impl<E: Element> Task for BenchConvert<'_, '_, E> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
+        let (group, width, name) = (self.0, self.2, E::DTYPE.name());
+        let mut wide = vec![0.0; width];
+        Rng::new(1).fill_normal(&mut wide, 2.0);
+        let mut half: Vec<E> = wide.iter().map(|x| E::from_f32(*x)).collect();
+        group.throughput(Throughput::Elements(width as u64));
+        macro_rules! bench {
+            ($label:literal, $own:literal, $widen:literal) => {
+                let id = BenchmarkId::new(B::NAME, format!("{name} {} {width}", $label));
+                group.bench_function(id, |bench| {
+                    bench.iter(|| b.call(OneWay::<E, $own, $widen>(&mut half, &mut wide)));
+                });
+            };
+        }
+        bench!("widen", true, true);
+        bench!("widen generic", false, true);
+        bench!("narrow", true, false);
+        bench!("narrow generic", false, false);
+    }
+}
+
+fn conversions(c: &mut Criterion) {
+    use std::marker::PhantomData;
+    let mut group = c.benchmark_group("convert");
+    for isa in Isa::detected() {
+        let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
+        for width in [64, 100, LEN] {
+            rt.run(BenchConvert(&mut group, PhantomData::<bf16>, width));
+            rt.run(BenchConvert(&mut group, PhantomData::<f16>, width));
+        }
+    }
+    group.finish();
+}
+
 fn vector_math(c: &mut Criterion) {
     let mut group = c.benchmark_group("math");
     for isa in Isa::detected().filter(|i| *i != Isa::Amx) {
@@ -78,5 +141,5 @@ fn vector_math(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, vector_math);
+criterion_group!(benches, vector_math, conversions);
 criterion_main!(benches);

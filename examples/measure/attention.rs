@@ -1,7 +1,7 @@
 //! Attention cores on random inputs.
 
 use crate::{Args, Dtype, Layout, Outcome, timing};
-use half::bf16;
+use half::{bf16, f16};
 use linattn::attention::lightning::{LightningAttention, naive};
 use linattn::attention::linear::{self, FeatureMap, LinearAttention};
 use linattn::attention::softmax::{self, SoftmaxAttention};
@@ -85,11 +85,14 @@ impl<E: Element> Case<E> {
     }
 }
 
-/// Tolerance of an operation: single precision, or the rounding of a 16-bit output.
-fn tolerance(dtype: Dtype) -> f64 {
+/// Tolerance of an operation: single precision, and the rounding of a 16-bit output. One element is off by
+/// `u` of itself at most (`bf16`: 2^-8, `f16`: 2^-11); together they stay below half of that.
+pub fn tolerance(dtype: Dtype) -> f64 {
+    const SINGLE: f64 = 1e-5;
     match dtype {
-        Dtype::F32 => 1e-5,
-        Dtype::Bf16 => 5e-3,
+        Dtype::F32 => SINGLE,
+        Dtype::Bf16 => SINGLE + 2f64.powi(-9),
+        Dtype::F16 => SINGLE + 2f64.powi(-12),
     }
 }
 
@@ -98,6 +101,7 @@ pub fn lightning(args: &Args, rt: &Runtime) -> Result<Outcome> {
     match args.dtype {
         Dtype::F32 => lightning_as::<f32>(args, rt),
         Dtype::Bf16 => lightning_as::<bf16>(args, rt),
+        Dtype::F16 => lightning_as::<f16>(args, rt),
     }
 }
 
@@ -135,6 +139,7 @@ pub fn linear_noncausal(args: &Args, rt: &Runtime) -> Result<Outcome> {
     match args.dtype {
         Dtype::F32 => linear_noncausal_as::<f32>(args, rt),
         Dtype::Bf16 => linear_noncausal_as::<bf16>(args, rt),
+        Dtype::F16 => linear_noncausal_as::<f16>(args, rt),
     }
 }
 
@@ -164,6 +169,7 @@ pub fn softmax(args: &Args, rt: &Runtime) -> Result<Outcome> {
     match args.dtype {
         Dtype::F32 => softmax_as::<f32>(args, rt),
         Dtype::Bf16 => softmax_as::<bf16>(args, rt),
+        Dtype::F16 => softmax_as::<f16>(args, rt),
     }
 }
 

@@ -1,11 +1,13 @@
 //! One token at a time: bound by memory, so each figure comes with the rate of a plain loop over as much of it.
 
-use crate::{Args, Outcome, timing};
+use crate::attention::tolerance;
+use crate::{Args, Dtype, Outcome, timing};
+use half::{bf16, f16};
 use linattn::attention::State;
 use linattn::attention::lightning::{LightningAttention, naive};
 use linattn::models::{TransNormerConfig, TransNormerLlm};
 use linattn::simd::{Backend, Kernel, Lanes, Task};
-use linattn::tensor::{Rng, Tensor};
+use linattn::tensor::{Element, Rng, Tensor};
 use linattn::{Result, Runtime};
 use std::hint::black_box;
 
@@ -62,14 +64,22 @@ fn median(mut times: Vec<f64>) -> f64 {
 
 /// One step of every head: the state is read and written once.
 pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    match args.dtype {
+        Dtype::F32 => lightning_decode_as::<f32>(args, rt),
+        Dtype::Bf16 => lightning_decode_as::<bf16>(args, rt),
+        Dtype::F16 => lightning_decode_as::<f16>(args, rt),
+    }
+}
+
+fn lightning_decode_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let Args { batch, heads, dim, .. } = *args;
     let dv = args.dv.unwrap_or(dim);
     let slopes: Vec<f64> = (1..=heads).map(|h| (-8.0 * h as f64 / heads as f64).exp2()).collect();
     let op = LightningAttention::new(&slopes)?;
     let mut rng = Rng::new(args.seed);
     let mut make = |width: usize| {
-        let mut t = Tensor::<4>::zeros([batch, 1, heads, width])?;
-        rng.fill_normal(t.as_mut_slice(), 1.0);
+        let mut t = Tensor::<4, E>::zeros([batch, 1, heads, width])?;
+        t.as_mut_slice().fill_with(|| E::from_f32(rng.normal()));
         Ok(t)
     };
     let (q, k, v, mut out) = (make(dim)?, make(dim)?, make(dv)?, make(dv)?);
@@ -81,7 +91,9 @@ pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
         let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
         let mut want = Vec::new();
         for i in 0..batch * heads {
-            let row = |t: &Tensor<4>, w: usize| wide(&t.as_slice()[i * w..][..w]);
+            let row = |t: &Tensor<4, E>, w: usize| -> Vec<f64> {
+                t.as_slice()[i * w..][..w].iter().map(|x| f64::from(x.to_f32())).collect()
+            };
             let mut s = wide(&start.as_slice()[i * dim * dv..][..dim * dv]);
             let slope = slopes[i % heads];
             want.extend(naive::head(
@@ -94,7 +106,8 @@ pub fn lightning_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
                 &mut s,
             ));
         }
-        Some((timing::relative(out.as_slice(), &want), 1e-5))
+        let got: Vec<f32> = out.as_slice().iter().map(|x| x.to_f32()).collect();
+        Some((timing::relative(&got, &want), tolerance(args.dtype)))
     } else {
         None
     };

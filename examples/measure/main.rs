@@ -39,6 +39,7 @@ enum What {
 enum Dtype {
     F32,
     Bf16,
+    F16,
 }
 
 /// Memory order of q, k, v and the output.

@@ -4,7 +4,11 @@
 //! below that door must inline; everything above it is ordinary code compiled for the baseline. Entering costs
 //! about half a nanosecond, so kernels are entered per tile loop or per row, and compiled once per backend.
 
-use super::convert::Convert;
+use super::convert::{Convert, Generic, Steps};
+#[cfg(target_arch = "aarch64")]
+use super::convert_arm::NeonSteps;
+#[cfg(target_arch = "x86_64")]
+use super::convert_x86::{Avx512Steps, F16c};
 use super::isa::Isa;
 use super::lanes::Lanes;
 use super::lanes_portable::Portable as PortableLanes;
@@ -70,7 +74,7 @@ impl Backend for Portable {
     type T = Fma<PortableLanes, 6, 2>;
     type S = Self::T;
     type F = Self::T;
-    type C = super::convert::Generic;
+    type C = Generic;
     const ISA: Isa = Isa::Portable;
     const NAME: &'static str = "portable-f32-wide-6x8";
 
@@ -92,7 +96,7 @@ impl Backend for Portable {
     }
     #[inline(always)]
     fn convert(self) -> Self::C {
-        super::convert::Generic
+        Generic
     }
     #[inline(never)]
     fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
@@ -104,6 +108,7 @@ impl Backend for Portable {
 macro_rules! pulp_backend {
     (
         $(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $ready:expr, $label:literal,
+        convert: $steps:ident x $n:literal,
         plain: $plain:ty, tiles: $tiles:ty = $tile:expr, scores: $scores:ty = $score:expr,
         features: $features:literal
     ) => {
@@ -132,7 +137,7 @@ macro_rules! pulp_backend {
             type T = $tiles;
             type S = $scores;
             type F = $plain;
-            type C = super::convert::Generic;
+            type C = Steps<$steps, $n>;
             const ISA: Isa = $isa;
             const NAME: &'static str = $label;
 
@@ -154,7 +159,8 @@ macro_rules! pulp_backend {
             }
             #[inline(always)]
             fn convert(self) -> Self::C {
-                super::convert::Generic
+                // SAFETY: a value of this type exists only if the machine has the features of `enter`.
+                Steps(unsafe { $steps::new_unchecked(self.0.0) })
             }
             #[inline(always)]
             fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
@@ -169,6 +175,7 @@ macro_rules! pulp_backend {
 pulp_backend!(
     /// AVX2 and FMA: 6 x 16 register tiles.
     Avx2, pulp::x86::V3, Isa::Avx2, true, "x86_64-f32-avx2-6x16",
+    convert: F16c x 8,
     plain: Fma<Self::L, 6, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
 );
@@ -177,6 +184,7 @@ pulp_backend!(
 pulp_backend!(
     /// AVX-512: 12 x 32 register tiles.
     Avx512, pulp::x86::V4, Isa::Avx512, true, "x86_64-f32-avx512-12x32",
+    convert: Avx512Steps x 16,
     plain: Fma<Self::L, 12, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 );
@@ -185,6 +193,7 @@ pulp_backend!(
 pulp_backend!(
     /// AMX with operands rounded to `bf16`: 32 x 32 sums in four tiles. Scores that feed an exponential are split.
     AmxBf16, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16-amx-32x32",
+    convert: Avx512Steps x 16,
     plain: Fma<Self::L, 12, 2>, tiles: Amx<1> = Amx(()), scores: Amx<2> = Amx(()),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
@@ -193,6 +202,7 @@ pulp_backend!(
 pulp_backend!(
     /// AMX with operands split into two `bf16` each; scores that feed an exponential in `f32`.
     AmxBf16x3, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16x3-amx-32x32",
+    convert: Avx512Steps x 16,
     plain: Fma<Self::L, 12, 2>, tiles: Amx<2> = Amx(()), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
@@ -201,6 +211,7 @@ pulp_backend!(
 pulp_backend!(
     /// NEON: 6 x 16 register tiles.
     Neon, pulp::aarch64::Neon, Isa::Neon, true, "aarch64-f32-neon-6x16",
+    convert: NeonSteps x 4,
     plain: Fma<Self::L, 6, 4>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "neon"
 );

@@ -1,7 +1,9 @@
 //! Widening and narrowing between storage types and `f32`, round to nearest even, NaN kept.
 //!
 //! [`Generic`] is written as straight-line integer arithmetic on slices, which vectorises for whatever
-//! instruction set the calling kernel was entered with. A backend with instructions of its own overrides it.
+//! instruction set the calling kernel was entered with. A backend with instructions of its own describes one
+//! vector of each conversion ([`Step`]), and [`Steps`] walks slices with it. All agree to the last bit, but for
+//! the payload of NaN.
 
 use half::{bf16, f16};
 
@@ -42,6 +44,51 @@ pub trait Convert: Copy + Send + Sync + 'static {
 pub struct Generic;
 
 impl Convert for Generic {}
+
+/// The conversions of one vector of `N` elements; as the methods of [`Convert`], for exactly so many.
+pub trait Step<const N: usize>: Copy + Send + Sync + 'static {
+    /// As [`Convert::widen_bf16`].
+    fn widen_bf16(self, src: &[bf16; N], dst: &mut [f32; N]);
+    /// As [`Convert::narrow_bf16`].
+    fn narrow_bf16(self, src: &[f32; N], dst: &mut [bf16; N]);
+    /// As [`Convert::widen_f16`].
+    fn widen_f16(self, src: &[f16; N], dst: &mut [f32; N]);
+    /// As [`Convert::narrow_f16`].
+    fn narrow_f16(self, src: &[f32; N], dst: &mut [f16; N]);
+}
+
+/// [`Convert`] by vectors of `N` elements. What does not fill a vector is converted by a last one that overlaps
+/// the one before; fewer than `N` elements are left to [`Generic`].
+#[derive(Clone, Copy, Debug)]
+pub struct Steps<S, const N: usize>(pub(super) S);
+
+macro_rules! by_steps {
+    ($($name:ident, $from:ty => $to:ty;)*) => {$(
+        #[inline(always)]
+        fn $name(self, src: &[$from], dst: &mut [$to]) {
+            let n = src.len().min(dst.len());
+            let (src, dst) = (&src[..n], &mut dst[..n]);
+            let (Some(last), rest) = (src.last_chunk::<N>(), n % N) else {
+                return Generic.$name(src, dst);
+            };
+            for (s, d) in src.as_chunks::<N>().0.iter().zip(dst.as_chunks_mut::<N>().0) {
+                self.0.$name(s, d);
+            }
+            if rest > 0 && let Some(d) = dst.last_chunk_mut::<N>() {
+                self.0.$name(last, d);
+            }
+        }
+    )*};
+}
+
+impl<S: Step<N>, const N: usize> Convert for Steps<S, N> {
+    by_steps! {
+        widen_bf16, bf16 => f32;
+        narrow_bf16, f32 => bf16;
+        widen_f16, f16 => f32;
+        narrow_f16, f32 => f16;
+    }
+}
 
 #[inline(always)]
 fn bf16_bits(x: f32) -> u16 {

@@ -8,6 +8,10 @@
 pub mod amx;
 pub mod backend;
 pub mod convert;
+#[cfg(target_arch = "aarch64")]
+pub mod convert_arm;
+#[cfg(target_arch = "x86_64")]
+pub mod convert_x86;
 pub mod isa;
 pub mod lanes;
 pub mod lanes_portable;
