@@ -127,9 +127,9 @@ impl<B: Backend, E: Element> Kernel<B> for PackKeys<'_, E, ScoreElem<B>, Elem<B>
         let (l, t, n) = (b.lanes(), b.tiles(), self.block.len());
         let ([_, dk], [_, dv]) = (self.k.shape(), self.v.shape());
         let k = stage(b, self.k, self.block, &mut *self.staged);
-        b.scores().pack_right(l, Source::Columns(k.data, k.stride), dk, n, self.keys);
+        b.scores().pack_right(b, Source::Columns(k.data, k.stride), dk, n, self.keys);
         let v = stage(b, self.v, self.block, &mut *self.staged);
-        t.pack_right(l, Source::Rows(v.data, v.stride), n, dv, self.values);
+        t.pack_right(b, Source::Rows(v.data, v.stride), n, dv, self.values);
         let finite = all_finite(l, v.data, v.stride, n, dv);
         if !finite && dv > 0 {
             for j in 0..n {
@@ -268,7 +268,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
         match self.keys {
             Keys::Packed(keys) => {
                 let left = Left::new(q, Order::Rows(q_stride));
-                let left = s.pack_left(l, left, None, rows, dk, self.left_q);
+                let left = s.pack_left(b, left, None, rows, dk, self.left_q);
                 let term = Term { left, right: B::S::right(keys, dk), k: dk };
                 let product = Product {
                     m: rows,
@@ -301,7 +301,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
         match self.values {
             Values::Packed(values) => {
                 let left = Left::new(&*scores, Order::Rows(STRIDE));
-                let left = t.pack_left(l, left, None, rows, n, self.left_p);
+                let left = t.pack_left(b, left, None, rows, n, self.left_p);
                 let term = Term { left, right: B::T::right(values, block.len()), k: n };
                 let product = Product {
                     m: rows,

@@ -8,9 +8,9 @@
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Right, Sink, Source, Storage, Term, Tiles,
 };
-use crate::tensor::ViewMut;
+use crate::tensor::{View, ViewMut};
 
 /// Rows of a block of full depth, rounded down to whole tiles: with 1024 floats of depth they take 480 KiB.
 const MC: usize = 128;
@@ -22,7 +22,7 @@ const IN_PLACE: usize = 6 * 1024;
 
 /// A product whose right operand is packed already.
 #[derive(Debug)]
-pub struct Gemm<'a, E> {
+pub struct Gemm<'a, S, E> {
     /// Rows.
     pub m: usize,
     /// Shared dimension.
@@ -30,7 +30,7 @@ pub struct Gemm<'a, E> {
     /// Columns.
     pub n: usize,
     /// `m x k`
-    pub left: Left<'a, f32>,
+    pub left: Left<'a, S>,
     /// `k x n`, in panels.
     pub right: Right<'a, E>,
     /// Where the result goes, and what is done to it.
@@ -61,12 +61,12 @@ fn block<T: Tiles>(m: usize, k: usize) -> (usize, usize) {
 }
 
 /// One block of the product, entered as one kernel.
-struct Block<'a, 'b, T: Tiles> {
+struct Block<'a, 'b, S, T: Tiles> {
     tiles: T,
     m: usize,
     k: usize,
     n: usize,
-    left: Left<'a, f32>,
+    left: Left<'a, S>,
     right: Right<'a, T::Elem>,
     store: &'b mut Store<'a>,
     buffer: &'b mut [T::Elem],
@@ -101,11 +101,11 @@ impl<L: Lanes> Sink<L> for Shifted<'_, '_> {
     }
 }
 
-impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Block<'_, '_, T> {
+impl<B: Backend, S: Storage, T: Tiles<L = B::L>> Kernel<B> for Block<'_, '_, S, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let left = self.tiles.pack_left(b.lanes(), self.left, None, self.m, self.k, self.buffer);
+        let left = self.tiles.pack_left(b, self.left, None, self.m, self.k, self.buffer);
         let second = Some(Term { left, right: self.right, k: self.k });
         let product =
             Product { m: self.m, n: self.n, first: None, second, causal: false, lower: false };
@@ -115,10 +115,10 @@ impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Block<'_, '_, T> {
 }
 
 /// `store <- left * right`. Reads `right` once if `m` is at most 16. `2 m k n` flops.
-pub fn gemm<B: Backend, T: Tiles<L = B::L>>(
+pub fn gemm<B: Backend, S: Storage, T: Tiles<L = B::L>>(
     b: B,
     tiles: T,
-    g: Gemm<'_, T::Elem>,
+    g: Gemm<'_, S, T::Elem>,
     scratch: &mut Cut<'_>,
 ) {
     let Gemm { m, k, n, left, right, mut store } = g;
@@ -159,7 +159,7 @@ pub fn gemm<B: Backend, T: Tiles<L = B::L>>(
 }
 
 /// The left operand from row `i` and column `p` on.
-fn block_of(left: Left<'_, f32>, i: usize, p: usize) -> Left<'_, f32> {
+fn block_of<S>(left: Left<'_, S>, i: usize, p: usize) -> Left<'_, S> {
     let at = match left.order {
         Order::Rows(s) => i * s + p,
         Order::Columns(s) => p * s + i,
@@ -169,11 +169,11 @@ fn block_of(left: Left<'_, f32>, i: usize, p: usize) -> Left<'_, f32> {
 
 /// Packs a right operand, entered as one kernel.
 #[derive(Debug)]
-pub struct Pack<'a, T: Tiles> {
+pub struct Pack<'a, S, T: Tiles> {
     /// The engine that will read it.
     pub tiles: T,
     /// Where it comes from.
-    pub src: Source<'a>,
+    pub src: Source<'a, S>,
     /// Rows.
     pub k: usize,
     /// Columns.
@@ -182,38 +182,37 @@ pub struct Pack<'a, T: Tiles> {
     pub dst: &'a mut [T::Elem],
 }
 
-impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Pack<'_, T> {
+impl<B: Backend, S: Storage, T: Tiles<L = B::L>> Kernel<B> for Pack<'_, S, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        self.tiles.pack_right(b.lanes(), self.src, self.k, self.n, self.dst);
+        self.tiles.pack_right(b, self.src, self.k, self.n, self.dst);
     }
 }
 
 /// A product of one block whose right operand is packed panel by panel, each used while it is in the first cache
 /// level.
-struct Strips<'a, T: Tiles> {
+struct Strips<'a, S, T: Tiles> {
     tiles: T,
     m: usize,
     k: usize,
     n: usize,
-    left: Left<'a, f32>,
-    right: Source<'a>,
+    left: Left<'a, S>,
+    right: Source<'a, S>,
     store: Store<'a>,
     buffer: &'a mut [T::Elem],
     panel: &'a mut [T::Elem],
 }
 
-impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Strips<'_, T> {
+impl<B: Backend, S: Storage, T: Tiles<L = B::L>> Kernel<B> for Strips<'_, S, T> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let Strips { tiles: t, m, k, n, left, right, mut store, buffer, panel } = self;
-        let l = b.lanes();
-        let (session, left) = (&t.session(), t.pack_left(l, left, None, m, k, buffer));
+        let (session, left) = (&t.session(), t.pack_left(b, left, None, m, k, buffer));
         for column in (0..n).step_by(PANEL) {
             let width = PANEL.min(n - column);
-            t.pack_right(l, right.columns(column), k, width, panel);
+            t.pack_right(b, right.columns(column), k, width, panel);
             let second = Some(Term { left, right: T::right(panel, k), k });
             let product = Product { m, n: width, first: None, second, causal: false, lower: false };
             t.product(b, session, &product, &mut Shifted { store: &mut store, row: 0, column });
@@ -222,17 +221,17 @@ impl<B: Backend, T: Tiles<L = B::L>> Kernel<B> for Strips<'_, T> {
 }
 
 /// As [`gemm`] with a right operand that is packed on the way, or read in place where that is faster.
-pub fn matmul<B: Backend, T: Tiles<L = B::L>>(
+pub fn matmul<B: Backend, S: Storage, T: Tiles<L = B::L>>(
     b: B,
     tiles: T,
     [m, k, n]: [usize; 3],
-    left: Left<'_, f32>,
-    right: Source<'_>,
+    left: Left<'_, S>,
+    right: Source<'_, S>,
     store: Store<'_>,
     scratch: &mut Cut<'_>,
 ) {
     let packed = scratch.take::<T::Elem>(T::right_len(k, n));
-    let right = match in_place::<T>(right, k, n) {
+    let right = match in_place::<S, T>(right, k, n) {
         Some(right) => right,
         None if k > 0 && block::<T>(m, k) == (m, k) => {
             let buffer = scratch.take(T::left_len(m, k));
@@ -248,13 +247,17 @@ pub fn matmul<B: Backend, T: Tiles<L = B::L>>(
 }
 
 /// The operand where it lies, if its engine reads `f32` and the whole of it fits the first cache level.
-fn in_place<'a, T: Tiles>(src: Source<'a>, k: usize, n: usize) -> Option<Right<'a, T::Elem>> {
+fn in_place<S: Storage, T: Tiles>(
+    src: Source<'_, S>,
+    k: usize,
+    n: usize,
+) -> Option<Right<'_, T::Elem>> {
     match src {
         Source::Rows(data, stride)
             if stride == n && n.is_multiple_of(PANEL) && k * n <= IN_PLACE =>
         {
-            let data = bytemuck::try_cast_slice(data).ok()?;
             let same = size_of::<T::Elem>() == size_of::<f32>();
+            let data = bytemuck::try_cast_slice(S::as_f32(data)?).ok()?;
             same.then_some(Right { data, step: PANEL, stride, plane: 0 })
         }
         _ => None,
@@ -262,7 +265,7 @@ fn in_place<'a, T: Tiles>(src: Source<'a>, k: usize, n: usize) -> Option<Right<'
 }
 
 /// A matrix view as the left operand.
-pub fn rows<'a>(view: crate::tensor::View<'a, f32, 2>) -> Left<'a, f32> {
+pub fn rows<'a, S: Storage>(view: View<'a, S, 2>) -> Left<'a, S> {
     let (data, stride) = view.parts();
     Left::new(data, Order::Rows(stride))
 }

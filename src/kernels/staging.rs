@@ -1,6 +1,6 @@
 //! Small pieces that work on rows of `f32`, to be inlined into kernels.
 
-use crate::simd::{Backend, Kernel, Lanes};
+use crate::simd::{Backend, Kernel, Lanes, Source};
 use crate::tensor::{Element, View};
 
 /// Rows of a block as `f32`: in place, or converted into `buffer`. Returns the distance of rows too.
@@ -23,6 +23,45 @@ pub fn stage<'a, B: Backend, E: Element>(
         E::widen(b.convert(), src.row([at + r, 0]), &mut buffer[r * width..][..width]);
     }
     (buffer, width)
+}
+
+/// Rows from `at` on as a right operand.
+#[inline(always)]
+pub fn rows_of<E: Element>(src: View<'_, E, 2>, at: usize) -> Source<'_, E> {
+    let (data, stride) = src.parts();
+    Source::Rows(data.get(at * stride..).unwrap_or(&[]), stride)
+}
+
+/// Whether all elements of rows `at .. at + rows` are finite.
+#[inline(always)]
+pub fn finite_rows<B: Backend, E: Element>(
+    b: B,
+    src: View<'_, E, 2>,
+    [at, rows]: [usize; 2],
+) -> bool {
+    let (l, width) = (b.lanes(), src.shape()[1]);
+    let (data, stride) = src.parts();
+    if width == 0 {
+        return true;
+    }
+    if let Some(data) = E::as_f32(data) {
+        return all_finite(l, &data[at * stride..], stride, rows, width);
+    }
+    let mut fine = true;
+    for r in at..at + rows {
+        let row = src.row([r, 0]);
+        if let Some(row) = E::as_bf16(row) {
+            let largest = row.iter().fold(0, |m: u16, x| m.max(x.to_bits() & 0x7fff));
+            fine &= largest < 0x7f80;
+            continue;
+        }
+        for part in row.chunks(64) {
+            let mut x = [0.0; 64];
+            E::widen(b.convert(), part, &mut x[..part.len()]);
+            fine &= all_finite(l, &x, 64, 1, 64);
+        }
+    }
+    fine
 }
 
 /// Whether all elements of some rows are finite.
@@ -117,16 +156,15 @@ impl<B: Backend> Kernel<B> for Combine<'_> {
 /// Asks for the cache lines of rows `at .. at + rows`, as many of them as there are.
 #[inline(always)]
 pub fn prefetch<L: Lanes, E: Element>(l: L, src: View<'_, E, 2>, [at, rows]: [usize; 2]) {
-    const LINE: usize = 16;
+    const LINE: usize = 64;
     let [n, width] = src.shape();
     if width == 0 {
         return;
     }
     for r in at..n.min(at + rows) {
-        if let Some(row) = E::as_f32(src.row([r, 0])) {
-            for x in (0..width).step_by(LINE) {
-                l.prefetch(row[x..].as_ptr() as usize);
-            }
+        let row = src.row([r, 0]);
+        for x in (0..width).step_by(LINE / size_of::<E>()) {
+            l.prefetch(row[x..].as_ptr() as usize);
         }
     }
 }

@@ -234,7 +234,7 @@ impl<'a, B: Backend, T: Tiles<L = B::L>> Kernel<B> for Widen<'a, T> {
     type Output = Right<'a, T::Elem>;
     #[inline(always)]
     fn run(self, b: B) -> Self::Output {
-        self.tiles.view_right(b.lanes(), self.panels, self.k, self.n, self.buffer)
+        self.tiles.view_right(b, self.panels, self.k, self.n, self.buffer)
     }
 }
 

@@ -17,6 +17,7 @@ pub mod lanes;
 pub mod lanes_portable;
 pub mod lanes_pulp;
 pub mod math;
+pub mod storage;
 pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 pub mod tiles_amx;
@@ -27,6 +28,7 @@ pub mod tiles_f32;
 pub use backend::{Backend, Kernel, Task};
 pub use isa::Isa;
 pub use lanes::Lanes;
+pub use storage::Storage;
 pub(crate) use tiles::each_row;
 pub use tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
 

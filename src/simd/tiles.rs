@@ -6,6 +6,7 @@
 
 use super::backend::Backend;
 use super::lanes::Lanes;
+use super::storage::Storage;
 
 /// How a left operand lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,20 +76,22 @@ pub const fn right_len(k: usize, n: usize) -> usize {
 
 /// Where a right operand comes from.
 #[derive(Clone, Copy, Debug)]
-pub enum Source<'a> {
+pub enum Source<'a, E = f32> {
     /// Row `p` is `data[p * stride ..][..n]`.
-    Rows(&'a [f32], usize),
+    Rows(&'a [E], usize),
     /// Column `j` is `data[j * stride ..][..k]`.
-    Columns(&'a [f32], usize),
+    Columns(&'a [E], usize),
 }
 
-impl Source<'_> {
+impl<E> Source<'_, E> {
     /// The same from column `j` on.
     #[must_use]
     pub fn columns(self, j: usize) -> Self {
         match self {
-            Source::Rows(data, stride) => Source::Rows(&data[j..], stride),
-            Source::Columns(data, stride) => Source::Columns(&data[j * stride..], stride),
+            Source::Rows(data, stride) => Source::Rows(data.get(j..).unwrap_or(&[]), stride),
+            Source::Columns(data, stride) => {
+                Source::Columns(data.get(j * stride..).unwrap_or(&[]), stride)
+            }
         }
     }
 }
@@ -195,7 +198,14 @@ pub trait Tiles: Copy + Send + Sync + 'static {
 
     /// Packs a `k x n` right operand into panels, zeros behind the last column. `dst` has at least
     /// [`right_len`](Self::right_len) elements.
-    fn pack_right(self, l: Self::L, src: Source<'_>, k: usize, n: usize, dst: &mut [Self::Elem]);
+    fn pack_right<B: Backend<L = Self::L>, E: Storage>(
+        self,
+        b: B,
+        src: Source<'_, E>,
+        k: usize,
+        n: usize,
+        dst: &mut [Self::Elem],
+    );
 
     /// Elements that [`pack_left`](Self::pack_left) may need.
     #[must_use]
@@ -207,10 +217,10 @@ pub trait Tiles: Copy + Send + Sync + 'static {
 
     /// Packs an `m x k` left operand, column `p` multiplied by `weights[p]` if there are weights; may return `src`
     /// itself when the engine can read it in place.
-    fn pack_left<'a>(
+    fn pack_left<'a, B: Backend<L = Self::L>, E: Storage>(
         self,
-        l: Self::L,
-        src: Left<'a, f32>,
+        b: B,
+        src: Left<'a, E>,
         weights: Option<&[f32]>,
         m: usize,
         k: usize,
@@ -218,9 +228,9 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     ) -> Left<'a, Self::Elem>;
 
     /// A `k x n` right operand from packed panels of `f32`; may return `src` itself.
-    fn view_right<'a>(
+    fn view_right<'a, B: Backend<L = Self::L>>(
         self,
-        l: Self::L,
+        b: B,
         src: &'a [f32],
         k: usize,
         n: usize,

@@ -10,8 +10,9 @@ use super::amx::{self, Session};
 use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
 use super::lanes_pulp::Pulp;
+use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
-use super::tiles_amx_pack::{self as pack, Rows};
+use super::tiles_amx_pack::{self as pack, Planes, Rows};
 use half::bf16;
 
 type L = Pulp<pulp::x86::V4>;
@@ -244,22 +245,26 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
     }
 
     #[inline(always)]
-    fn pack_right(self, l: L, src: Source<'_>, k: usize, n: usize, dst: &mut [bf16]) {
+    fn pack_right<B: Backend<L = L>, E: Storage>(
+        self,
+        _: B,
+        src: Source<'_, E>,
+        k: usize,
+        n: usize,
+        dst: &mut [bf16],
+    ) {
         let Right { step, plane, .. } = Self::right(&[], k);
-        match src {
-            Source::Rows(data, stride) => {
-                for j in (0..n).step_by(PANEL) {
-                    let dst = &mut dst[j / PANEL * step..][..step];
-                    let rows = Rows { data: &data[j.min(data.len())..], stride };
-                    pack::pairs::<PARTS>(rows, [k, PANEL.min(n - j)], dst, plane);
-                }
-            }
-            Source::Columns(data, stride) => {
-                for j in (0..n).step_by(PANEL) {
-                    let dst = &mut dst[j / PANEL * step..][..step];
-                    let columns = Rows { data: data.get(j * stride..).unwrap_or(&[]), stride };
-                    pack::columns::<PARTS>(l, columns, [k, PANEL.min(n - j)], dst, plane);
-                }
+        for j in (0..n).step_by(PANEL) {
+            let dst = Planes { data: &mut dst[j / PANEL * step..][..step], plane };
+            let size = [k, PANEL.min(n - j)];
+            // SAFETY: a value of `Amx` proves the instructions.
+            match src.columns(j) {
+                Source::Rows(data, stride) => unsafe {
+                    pack::pairs::<E, PARTS>(Rows { data, stride }, size, dst);
+                },
+                Source::Columns(data, stride) => unsafe {
+                    pack::columns::<E, PARTS>(Rows { data, stride }, size, dst);
+                },
             }
         }
     }
@@ -273,56 +278,56 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
     }
 
     #[inline(always)]
-    fn pack_left<'a>(
+    fn pack_left<'a, B: Backend<L = L>, E: Storage>(
         self,
-        l: L,
-        src: Left<'a, f32>,
+        _: B,
+        src: Left<'a, E>,
         weights: Option<&[f32]>,
         m: usize,
         k: usize,
         dst: &'a mut [bf16],
     ) -> Left<'a, bf16> {
+        let whole = PARTS == 1 && m.is_multiple_of(TILE) && k.is_multiple_of(STEP);
+        match (E::as_bf16(src.data), src.order, weights) {
+            // Rows a multiple of 4 KiB apart would meet in one set of the first cache level.
+            (Some(data), Order::Rows(s), None) if whole && s % 2048 != 0 => {
+                return Left::new(data, src.order);
+            }
+            _ => {}
+        }
         let stride = k.next_multiple_of(STEP);
         let plane = m.next_multiple_of(TILE) * stride;
-        let dst = &mut dst[..PARTS * plane];
+        let data = &mut dst[..PARTS * plane];
+        let planes = Planes { data: &mut *data, plane };
+        // SAFETY: a value of `Amx` proves the instructions.
         match src.order {
-            Order::Rows(s) => {
-                pack::rows::<PARTS>(
-                    Rows { data: src.data, stride: s },
-                    weights,
-                    [m, k],
-                    dst,
-                    plane,
-                );
-            }
-            Order::Columns(s) => {
-                let rows = Rows { data: src.data, stride: s };
-                pack::transposed::<PARTS>(l, rows, weights, [m, k], dst, plane);
-            }
+            Order::Rows(s) => unsafe {
+                pack::rows::<E, PARTS>(Rows { data: src.data, stride: s }, weights, [m, k], planes);
+            },
+            Order::Columns(s) => unsafe {
+                pack::transposed::<E, PARTS>(Rows { data: src.data, stride: s }, weights, [m, k], planes);
+            },
         }
-        Left { data: dst, order: Order::Rows(stride), plane }
+        Left { data, order: Order::Rows(stride), plane }
     }
 
     #[inline(always)]
-    fn view_right<'a>(
+    fn view_right<'a, B: Backend<L = L>>(
         self,
-        _: L,
+        _: B,
         src: &'a [f32],
         k: usize,
         n: usize,
         dst: &'a mut [bf16],
     ) -> Right<'a, bf16> {
-        let right = Self::right(&[], k);
+        let Right { step, plane, .. } = Self::right(&[], k);
         for j in (0..n).step_by(PANEL) {
             let rows = Rows { data: &src[j * k..], stride: PANEL };
-            pack::pairs::<PARTS>(
-                rows,
-                [k, PANEL],
-                &mut dst[j / PANEL * right.step..][..right.step],
-                right.plane,
-            );
+            let dst = Planes { data: &mut dst[j / PANEL * step..][..step], plane };
+            // SAFETY: a value of `Amx` proves the instructions.
+            unsafe { pack::pairs::<f32, PARTS>(rows, [k, PANEL], dst) };
         }
-        Right { data: dst, ..right }
+        Self::right(dst, k)
     }
 
     #[inline(always)]

@@ -1,218 +1,285 @@
-//! Operands of the AMX engine: `f32` rounded to `bf16`, or split into two, in the order that tiles are loaded.
+//! Operands of the AMX engine: elements rounded to `bf16`, or split into two, in the order that tiles are loaded.
+//!
+//! Everything here is compiled for the instructions that it names; callers hold a value that proves them.
 
-use super::lanes::Lanes;
-use super::lanes_pulp::Pulp;
+use super::convert::Generic;
+use super::storage::Storage;
 use core::arch::x86_64::*;
 use half::bf16;
 
-type L = Pulp<pulp::x86::V4>;
-type F = <L as Lanes>::F;
-
 /// Rows `stride` apart.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    pub data: &'a [f32],
+pub struct Rows<'a, E> {
+    pub data: &'a [E],
     pub stride: usize,
 }
 
-/// Vectors of `f32` lanes.
+/// A packed operand, its second parts `plane` behind the first.
+pub struct Planes<'a> {
+    pub data: &'a mut [bf16],
+    pub plane: usize,
+}
+
+/// Lanes of `f32`.
 const N: usize = 16;
 
-impl Rows<'_> {
+impl<E: Storage> Rows<'_, E> {
     /// Columns `at .. at + 16` of row `r`, zeros from column `width` on.
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     fn load(&self, r: usize, at: usize, width: usize) -> __m512 {
         let have = width.saturating_sub(at).min(N);
         if have == 0 {
-            // SAFETY: code below the backend's entry, which has the instruction.
-            return unsafe { _mm512_setzero_ps() };
+            return _mm512_setzero_ps();
         }
         let s = &self.data[r * self.stride + at..][..have];
-        // SAFETY: the mask keeps to the `have` elements of `s`; instructions as above.
-        unsafe { _mm512_maskz_loadu_ps((u32::MAX >> (32 - have)) as u16, s.as_ptr()) }
+        if let Some(s) = E::as_f32(s) {
+            // SAFETY: the mask keeps to the `have` elements of `s`.
+            return unsafe { _mm512_maskz_loadu_ps((u32::MAX >> (32 - have)) as u16, s.as_ptr()) };
+        }
+        if let Some(s) = E::as_bf16(s) {
+            return _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half(s))));
+        }
+        let mut x = [0.0; N];
+        E::widen(Generic, s, &mut x[..have]);
+        // SAFETY: sixteen elements.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    /// The parts of columns `at .. at + 32` of row `r`, zeros from column `width` on.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn row<const PARTS: usize>(&self, r: usize, at: usize, width: usize) -> [__m512i; PARTS] {
+        let have = width.saturating_sub(at).min(2 * N);
+        let s = &self.data[r * self.stride + at..][..have];
+        match E::as_bf16(s) {
+            Some(s) if have == 2 * N => {
+                // SAFETY: 32 elements of two bytes.
+                exact(unsafe { _mm512_loadu_si512(s.as_ptr().cast()) })
+            }
+            _ => parts(self.load(r, at, width), self.load(r, at + N, width)),
+        }
+    }
+
+    /// The parts of columns `at .. at + 16` of rows `r` and `r + 1`, in turn; zeros from row `k` and column `width` on.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn pair<const PARTS: usize>(
+        &self,
+        r: usize,
+        k: usize,
+        at: usize,
+        width: usize,
+        weights: Option<&[f32]>,
+    ) -> [__m512i; PARTS] {
+        if r + 1 < k && at + N <= width && weights.is_none() {
+            let below = E::as_bf16(&self.data[(r + 1) * self.stride + at..][..N]);
+            let here = E::as_bf16(&self.data[r * self.stride + at..][..N]);
+            if let (Some(here), Some(below)) = (here, below) {
+                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(here)), half(below));
+                return exact(turns(both));
+            }
+        }
+        let row = |r: usize| {
+            if r >= k {
+                return _mm512_setzero_ps();
+            }
+            let x = self.load(r, at, width);
+            weights.map_or(x, |w| _mm512_mul_ps(x, _mm512_set1_ps(w[r])))
+        };
+        let mut x = parts::<PARTS>(row(r), row(r + 1));
+        for x in &mut x {
+            *x = turns(*x);
+        }
+        x
     }
 }
 
-/// Two vectors rounded, the first in the lower half.
-#[inline(always)]
-fn round(x0: __m512, x1: __m512) -> __m512i {
-    // SAFETY: code below the backend's entry, which has the instructions; both types are 64 plain bytes.
-    unsafe { core::mem::transmute(_mm512_cvtne2ps_pbh(x1, x0)) }
+/// Up to sixteen elements, zeros behind.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn half(s: &[bf16]) -> __m256i {
+    let mask = (u32::MAX >> (32 - s.len().clamp(1, N))) as u16;
+    // SAFETY: the mask keeps to the elements of `s`.
+    unsafe { _mm256_maskz_loadu_epi16(if s.is_empty() { 0 } else { mask }, s.as_ptr().cast()) }
 }
 
-/// What rounding took off: the second part of a split; nothing where the first is not finite.
-#[inline(always)]
-fn rest(x: __m512, bits: __m512i) -> __m512 {
-    // SAFETY: code below the backend's entry, which has the instructions.
-    unsafe {
-        let d = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
-        let finite =
-            _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(d), _mm512_set1_ps(f32::INFINITY));
-        _mm512_maskz_mov_ps(finite, d)
-    }
+/// What is `bf16` already has no second part.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exact<const PARTS: usize>(x: __m512i) -> [__m512i; PARTS] {
+    let mut all = [_mm512_setzero_si512(); PARTS];
+    all[0] = x;
+    all
 }
 
 /// The parts of two vectors, one after the other.
-#[inline(always)]
-fn parts(x0: __m512, x1: __m512, split: bool) -> [__m512i; 2] {
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+fn parts<const PARTS: usize>(x0: __m512, x1: __m512) -> [__m512i; PARTS] {
     let hi = round(x0, x1);
-    if !split {
-        return [hi, hi];
-    }
-    // SAFETY: code below the backend's entry, which has the instructions.
-    unsafe {
+    let mut all = [hi; PARTS];
+    if PARTS == 2 {
         let low = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(hi)));
-        let high =
-            _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(hi)));
-        [hi, round(rest(x0, low), rest(x1, high))]
+        let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(hi)));
+        all[1] = round(rest(x0, low), rest(x1, high));
     }
+    all
 }
 
-/// The parts of two vectors, element by element in turn: pairs.
-#[inline(always)]
-fn pairs_of(x0: __m512, x1: __m512, split: bool) -> [__m512i; 2] {
-    // SAFETY: code below the backend's entry, which has the instructions.
-    unsafe {
-        let turn = _mm512_set_epi16(
-            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-            4, 19, 3, 18, 2, 17, 1, 16, 0,
-        );
-        parts(x0, x1, split).map(|x| _mm512_permutexvar_epi16(turn, x))
-    }
+/// Two vectors rounded, the first in the lower half.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round(x0: __m512, x1: __m512) -> __m512i {
+    // SAFETY: both types are 64 plain bytes.
+    unsafe { core::mem::transmute(_mm512_cvtne2ps_pbh(x1, x0)) }
 }
 
-#[inline(always)]
+/// What rounding took off; nothing where the first part is not finite.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn rest(x: __m512, bits: __m512i) -> __m512 {
+    let d = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
+    let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(d), _mm512_set1_ps(f32::INFINITY));
+    _mm512_maskz_mov_ps(finite, d)
+}
+
+/// The elements of both halves in turn.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn turns(x: __m512i) -> __m512i {
+    let order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+        18, 2, 17, 1, 16, 0,
+    );
+    _mm512_permutexvar_epi16(order, x)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
 fn store(dst: &mut [bf16], x: __m512i) {
     let dst = &mut dst[..2 * N];
-    // SAFETY: 64 bytes; code below the backend's entry, which has the instruction.
+    // SAFETY: 32 elements of two bytes.
     unsafe { _mm512_storeu_si512(dst.as_mut_ptr().cast(), x) }
 }
 
-#[inline(always)]
-fn as_lanes(x: __m512i) -> F {
-    bytemuck_cast(x)
-}
-
-/// Between the vector types of `core::arch` and `pulp`, both 64 plain bytes.
-#[inline(always)]
-fn bytemuck_cast<A: Copy, B: Copy>(a: A) -> B {
-    const { assert!(size_of::<A>() == 64 && size_of::<B>() == 64) };
-    // SAFETY: vectors are plain bytes of the same size.
-    unsafe { core::mem::transmute_copy(&a) }
+/// Transposes 16 x 16 blocks of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(x: [__m512i; N]) -> [__m512i; N] {
+    let (mut a, mut b) = (x, x);
+    for i in 0..8 {
+        a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for i in 0..4 {
+        for h in 0..2 {
+            b[4 * i + 2 * h] = _mm512_unpacklo_epi64(a[4 * i + h], a[4 * i + h + 2]);
+            b[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(a[4 * i + h], a[4 * i + h + 2]);
+        }
+    }
+    // Of four rows each, b[4 i + c] holds column c of every fourth.
+    for i in 0..4 {
+        a[i] = _mm512_shuffle_i32x4::<0x88>(b[i], b[4 + i]);
+        a[4 + i] = _mm512_shuffle_i32x4::<0xdd>(b[i], b[4 + i]);
+        a[8 + i] = _mm512_shuffle_i32x4::<0x88>(b[8 + i], b[12 + i]);
+        a[12 + i] = _mm512_shuffle_i32x4::<0xdd>(b[8 + i], b[12 + i]);
+    }
+    for i in 0..4 {
+        b[i] = _mm512_shuffle_i32x4::<0x88>(a[i], a[8 + i]);
+        b[8 + i] = _mm512_shuffle_i32x4::<0xdd>(a[i], a[8 + i]);
+        b[4 + i] = _mm512_shuffle_i32x4::<0x88>(a[4 + i], a[12 + i]);
+        b[12 + i] = _mm512_shuffle_i32x4::<0xdd>(a[4 + i], a[12 + i]);
+    }
+    b
 }
 
 /// A panel of 32 columns with interleaved row pairs from `k` rows of `width` columns.
-#[inline(always)]
-pub fn pairs<const PARTS: usize>(
-    src: Rows<'_>,
-    [k, width]: [usize; 2],
-    dst: &mut [bf16],
-    plane: usize,
-) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub fn pairs<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usize; 2], dst: Planes<'_>) {
     for p in (0..k.next_multiple_of(2 * N)).step_by(2) {
         for half in 0..2 {
-            let row = |p: usize| src.load(p.min(k - 1), half * N, if p < k { width } else { 0 });
-            let x = pairs_of(row(p), row(p + 1), PARTS == 2);
+            let x = src.pair::<PARTS>(p, k, half * N, width, None);
             for part in 0..PARTS {
-                store(&mut dst[part * plane + p * 2 * N + half * 2 * N..], x[part]);
+                store(&mut dst.data[part * dst.plane + p * 2 * N + half * 2 * N..], x[part]);
             }
         }
     }
 }
 
-/// A panel as [`pairs`] makes it from up to 32 columns of `k` elements.
-#[inline(always)]
-pub fn columns<const PARTS: usize>(
-    l: L,
-    src: Rows<'_>,
-    [k, width]: [usize; 2],
-    dst: &mut [bf16],
-    plane: usize,
-) {
+/// A panel as [`pairs`] makes it from up to 32 columns of `k` elements, each a row of `src`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub fn columns<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usize; 2], dst: Planes<'_>) {
     for half in 0..2 {
         for p in (0..k).step_by(2 * N) {
+            let mut x = [[_mm512_setzero_si512(); N]; PARTS];
+            for c in 0..N {
+                if half * N + c < width {
+                    let row = src.row::<PARTS>(half * N + c, p, k);
+                    for part in 0..PARTS {
+                        x[part][c] = row[part];
+                    }
+                }
+            }
             for part in 0..PARTS {
-                l.transpose(
-                    |c| {
-                        let c = half * N + c;
-                        if c >= width {
-                            return l.zero();
-                        }
-                        as_lanes(parts(src.load(c, p, k), src.load(c, p + N, k), PARTS == 2)[part])
-                    },
-                    |r, x| {
-                        store(
-                            &mut dst[part * plane + (p + 2 * r) * 2 * N + half * 2 * N..],
-                            bytemuck_cast(x),
-                        )
-                    },
-                );
+                let x = transpose(x[part]);
+                for r in 0..N {
+                    store(&mut dst.data[part * dst.plane + (p + 2 * r) * 2 * N + half * 2 * N..], x[r]);
+                }
             }
         }
     }
 }
 
 /// Rows padded to whole steps, weighted by column.
-#[inline(always)]
-pub fn rows<const PARTS: usize>(
-    src: Rows<'_>,
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub fn rows<E: Storage, const PARTS: usize>(
+    src: Rows<'_, E>,
     weights: Option<&[f32]>,
     [m, k]: [usize; 2],
-    dst: &mut [bf16],
-    plane: usize,
+    dst: Planes<'_>,
 ) {
     let stride = k.next_multiple_of(2 * N);
     for i in 0..m {
         for p in (0..k).step_by(2 * N) {
-            let load = |p: usize| {
-                let x = src.load(i, p, k);
-                match weights {
-                    // SAFETY: code below the backend's entry, which has the instruction.
-                    Some(w) => unsafe {
-                        _mm512_mul_ps(x, Rows { data: w, stride: 0 }.load(0, p, k))
-                    },
-                    None => x,
+            let x = match weights {
+                None => src.row::<PARTS>(i, p, k),
+                Some(data) => {
+                    let w = Rows { data, stride: 0 };
+                    let [x, y] = [p, p + N].map(|p| _mm512_mul_ps(src.load(i, p, k), w.load(0, p, k)));
+                    parts(x, y)
                 }
             };
-            let x = parts(load(p), load(p + N), PARTS == 2);
             for part in 0..PARTS {
-                store(&mut dst[part * plane + i * stride + p..], x[part]);
+                store(&mut dst.data[part * dst.plane + i * stride + p..], x[part]);
             }
         }
     }
 }
 
 /// Rows of the transpose: element `(i, p)` is column `i` of source row `p`, times `weights[p]`.
-#[inline(always)]
-pub fn transposed<const PARTS: usize>(
-    l: L,
-    src: Rows<'_>,
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub fn transposed<E: Storage, const PARTS: usize>(
+    src: Rows<'_, E>,
     weights: Option<&[f32]>,
     [m, k]: [usize; 2],
-    dst: &mut [bf16],
-    plane: usize,
+    dst: Planes<'_>,
 ) {
     let stride = k.next_multiple_of(2 * N);
     for i in (0..m).step_by(N) {
         for p in (0..k).step_by(2 * N) {
+            let mut x = [[_mm512_setzero_si512(); N]; PARTS];
+            for r in 0..N {
+                let pair = src.pair::<PARTS>(p + 2 * r, k, i, m, weights);
+                for part in 0..PARTS {
+                    x[part][r] = pair[part];
+                }
+            }
             for part in 0..PARTS {
-                l.transpose(
-                    |r| {
-                        let row = |p: usize| {
-                            if p >= k {
-                                return src.load(0, 0, 0);
-                            }
-                            let x = src.load(p, i, m);
-                            match weights {
-                                // SAFETY: code below the backend's entry, which has the instructions.
-                                Some(w) => unsafe { _mm512_mul_ps(x, _mm512_set1_ps(w[p])) },
-                                None => x,
-                            }
-                        };
-                        as_lanes(pairs_of(row(p + 2 * r), row(p + 2 * r + 1), PARTS == 2)[part])
-                    },
-                    |c, x| store(&mut dst[part * plane + (i + c) * stride + p..], bytemuck_cast(x)),
-                );
+                let x = transpose(x[part]);
+                for c in 0..N {
+                    store(&mut dst.data[part * dst.plane + (i + c) * stride + p..], x[c]);
+                }
             }
         }
     }

@@ -2,8 +2,8 @@
 
 use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
+use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
-use core::cmp::Ordering;
 use core::marker::PhantomData;
 
 /// Register tiles of `MR` rows and `V` vectors.
@@ -268,10 +268,20 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     }
 
     #[inline(always)]
-    fn pack_right(self, l: L, src: Source<'_>, k: usize, n: usize, dst: &mut [f32]) {
+    fn pack_right<B: Backend<L = L>, E: Storage>(
+        self,
+        b: B,
+        src: Source<'_, E>,
+        k: usize,
+        n: usize,
+        dst: &mut [f32],
+    ) {
         match src {
-            Source::Rows(data, stride) => pack_rows(l, data, stride, k, n, dst),
-            Source::Columns(data, stride) => pack_columns(l, data, stride, k, n, dst),
+            Source::Rows(data, stride) => match E::as_f32(data) {
+                Some(data) => pack_rows(b.lanes(), data, stride, k, n, dst),
+                None => widen_rows(b, data, stride, k, n, dst),
+            },
+            Source::Columns(data, stride) => pack_columns(b, data, stride, k, n, dst),
         }
     }
 
@@ -284,10 +294,10 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     }
 
     #[inline(always)]
-    fn pack_left<'a>(
+    fn pack_left<'a, B: Backend<L = L>, E: Storage>(
         self,
-        l: L,
-        src: Left<'a, f32>,
+        b: B,
+        src: Left<'a, E>,
         weights: Option<&[f32]>,
         m: usize,
         k: usize,
@@ -296,32 +306,39 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         // Rows a multiple of 1 KiB apart meet in few sets of the first cache level: read over and over, they
         // are worth a copy.
         const MEET: usize = 256;
-        let factor = |p: usize| weights.map(|w| l.splat(w[p]));
+        let l = b.lanes();
+        let meet = matches!(src.order, Order::Rows(s) if s % MEET == 0 && m > MR);
+        if let (Some(data), None, false) = (E::as_f32(src.data), weights, meet) {
+            return Left::new(data, src.order);
+        }
         match src.order {
-            Order::Columns(s) if weights.is_some() => {
+            Order::Columns(s) => {
                 for p in 0..k {
-                    copy(l, &src.data[p * s..][..m], factor(p), &mut dst[p * m..][..m]);
+                    let row = &mut dst[p * m..][..m];
+                    copy(b, &src.data[p * s..][..m], row);
+                    if let Some(w) = weights {
+                        times(l, w[p], row);
+                    }
                 }
                 Left::new(dst, Order::Columns(m))
             }
-            Order::Rows(s) if weights.is_some() || s % MEET == 0 && m > MR => {
+            Order::Rows(s) => {
                 for i in 0..m {
                     let row = &mut dst[i * (k + GAP)..][..k];
-                    copy(l, &src.data[i * s..][..k], None, row);
+                    copy(b, &src.data[i * s..][..k], row);
                     for (x, w) in row.iter_mut().zip(weights.unwrap_or(&[])) {
                         *x *= w;
                     }
                 }
                 Left::new(dst, Order::Rows(k + GAP))
             }
-            _ => src,
         }
     }
 
     #[inline(always)]
-    fn view_right<'a>(
+    fn view_right<'a, B: Backend<L = L>>(
         self,
-        _: L,
+        _: B,
         src: &'a [f32],
         k: usize,
         _: usize,
@@ -373,41 +390,91 @@ fn pack_rows<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, dst
     }
 }
 
+/// As [`pack_rows`] for elements of another type.
+#[inline(always)]
+fn widen_rows<B: Backend, E: Storage>(
+    b: B,
+    src: &[E],
+    stride: usize,
+    k: usize,
+    n: usize,
+    dst: &mut [f32],
+) {
+    for j in (0..n).step_by(PANEL) {
+        let width = PANEL.min(n - j);
+        let dst = &mut dst[j * k..][..k * PANEL];
+        for (p, d) in dst.chunks_exact_mut(PANEL).enumerate() {
+            let (d, rest) = d.split_at_mut(width);
+            E::widen(b.convert(), &src[p * stride + j..][..width], d);
+            rest.fill(0.0);
+        }
+    }
+}
+
 /// Column-major to panels: square blocks of one vector's width, transposed in registers.
 #[inline(always)]
-fn pack_columns<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, dst: &mut [f32]) {
-    for j in (0..n.next_multiple_of(PANEL)).step_by(L::N) {
+fn pack_columns<B: Backend, E: Storage>(
+    b: B,
+    src: &[E],
+    stride: usize,
+    k: usize,
+    n: usize,
+    dst: &mut [f32],
+) {
+    let (l, lanes) = (b.lanes(), B::L::N);
+    for j in (0..n.next_multiple_of(PANEL)).step_by(lanes) {
         let at = j / PANEL * PANEL * k + j % PANEL;
-        for p in (0..k).step_by(L::N) {
-            let depth = L::N.min(k - p);
-            let dst = &mut dst[at + p * PANEL..][..(depth - 1) * PANEL + L::N];
-            if depth == L::N && j + L::N <= n {
-                let src = &src[j * stride + p..];
-                l.transpose(
-                    |c| l.load(&src[c * stride..]),
-                    |r, x| l.store(&mut dst[r * PANEL..], x),
-                );
-            } else {
-                let column = |c: usize| match (j + c).cmp(&n) {
-                    Ordering::Less => l.load_head(&src[(j + c) * stride + p..][..depth]),
-                    _ => l.zero(),
-                };
-                l.transpose(column, |r, x| {
-                    if r < depth {
-                        l.store(&mut dst[r * PANEL..], x);
-                    }
-                });
+        for p in (0..k).step_by(lanes) {
+            let depth = lanes.min(k - p);
+            let dst = &mut dst[at + p * PANEL..][..(depth - 1) * PANEL + lanes];
+            match E::as_f32(src) {
+                Some(src) if depth == lanes && j + lanes <= n => {
+                    let src = &src[j * stride + p..];
+                    l.transpose(
+                        |c| l.load(&src[c * stride..]),
+                        |r, x| l.store(&mut dst[r * PANEL..], x),
+                    );
+                }
+                _ => {
+                    let column = |c: usize| {
+                        let mut x = [0.0; MAX_LANES];
+                        if j + c < n {
+                            E::widen(b.convert(), &src[(j + c) * stride + p..][..depth], &mut x[..depth]);
+                        }
+                        l.load(&x)
+                    };
+                    l.transpose(column, |r, x| {
+                        if r < depth {
+                            l.store(&mut dst[r * PANEL..], x);
+                        }
+                    });
+                }
             }
         }
     }
 }
 
+/// The widest vectors.
+const MAX_LANES: usize = 16;
+
 #[inline(always)]
-fn copy<L: Lanes>(l: L, src: &[f32], factor: Option<L::F>, dst: &mut [f32]) {
-    let times = |x| factor.map_or(x, |f| l.mul(x, f));
+fn copy<B: Backend, E: Storage>(b: B, src: &[E], dst: &mut [f32]) {
+    let l = b.lanes();
+    let Some(src) = E::as_f32(src) else {
+        return E::widen(b.convert(), src, dst);
+    };
     let ((s, s_tail), (d, d_tail)) = (l.split(src), l.split_mut(dst));
     for (s, d) in s.iter().zip(d) {
-        *d = times(*s);
+        *d = *s;
     }
-    l.store_head(d_tail, times(l.load_head(s_tail)));
+    l.store_head(d_tail, l.load_head(s_tail));
+}
+
+#[inline(always)]
+fn times<L: Lanes>(l: L, factor: f32, row: &mut [f32]) {
+    let (full, tail) = l.split_mut(row);
+    for x in full {
+        *x = l.mul(*x, l.splat(factor));
+    }
+    l.store_head(tail, l.mul(l.load_head(tail), l.splat(factor)));
 }

@@ -1,7 +1,8 @@
 //! Element types of tensors.
 
 use super::view_mut::ViewMut;
-use crate::simd::convert::{Convert, Generic};
+use crate::simd::Storage;
+use crate::simd::convert::Generic;
 use half::{bf16, f16};
 
 /// Names an element type at run time.
@@ -37,16 +38,10 @@ mod sealed {
 }
 
 /// A type that tensors can hold: `f32`, [`bf16`] or [`f16`](struct@f16). All arithmetic is in `f32`.
-pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + Default {
+pub trait Element: sealed::Sealed + Storage {
     /// Its name.
     const DTYPE: DType;
 
-    /// `dst[i] = src[i]`, exact.
-    fn widen<C: Convert>(c: C, src: &[Self], dst: &mut [f32]);
-    /// `dst[i] = src[i]`, to nearest, ties to even.
-    fn narrow<C: Convert>(c: C, src: &[f32], dst: &mut [Self]);
-    /// The slice itself if the elements are `f32`.
-    fn as_f32(s: &[Self]) -> Option<&[f32]>;
     /// The view itself if the elements are `f32`.
     fn as_f32_view<const N: usize>(v: ViewMut<'_, Self, N>) -> Option<ViewMut<'_, f32, N>>;
 
@@ -69,45 +64,23 @@ pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + Default {
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
     #[inline(always)]
-    fn widen<C: Convert>(_: C, src: &[f32], dst: &mut [f32]) {
-        dst.copy_from_slice(src);
-    }
-    #[inline(always)]
-    fn narrow<C: Convert>(_: C, src: &[f32], dst: &mut [f32]) {
-        dst.copy_from_slice(src);
-    }
-    #[inline(always)]
-    fn as_f32(s: &[f32]) -> Option<&[f32]> {
-        Some(s)
-    }
-    #[inline(always)]
     fn as_f32_view<const N: usize>(v: ViewMut<'_, f32, N>) -> Option<ViewMut<'_, f32, N>> {
         Some(v)
     }
 }
 
-macro_rules! half_element {
-    ($t:ty, $dtype:expr, $widen:ident, $narrow:ident) => {
-        impl Element for $t {
-            const DTYPE: DType = $dtype;
-            #[inline(always)]
-            fn widen<C: Convert>(c: C, src: &[$t], dst: &mut [f32]) {
-                c.$widen(src, dst);
-            }
-            #[inline(always)]
-            fn narrow<C: Convert>(c: C, src: &[f32], dst: &mut [$t]) {
-                c.$narrow(src, dst);
-            }
-            #[inline(always)]
-            fn as_f32(_: &[$t]) -> Option<&[f32]> {
-                None
-            }
-            #[inline(always)]
-            fn as_f32_view<const N: usize>(_: ViewMut<'_, $t, N>) -> Option<ViewMut<'_, f32, N>> {
-                None
-            }
-        }
-    };
+impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
+    #[inline(always)]
+    fn as_f32_view<const N: usize>(_: ViewMut<'_, bf16, N>) -> Option<ViewMut<'_, f32, N>> {
+        None
+    }
 }
-half_element!(bf16, DType::Bf16, widen_bf16, narrow_bf16);
-half_element!(f16, DType::F16, widen_f16, narrow_f16);
+
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    fn as_f32_view<const N: usize>(_: ViewMut<'_, f16, N>) -> Option<ViewMut<'_, f32, N>> {
+        None
+    }
+}

@@ -4,10 +4,10 @@ use super::{Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
 use crate::kernels::recurrence::Step;
-use crate::kernels::staging::{all_finite, stage};
+use crate::kernels::staging::{finite_rows, rows_of};
 use crate::kernels::store::Store;
 use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
 };
 use crate::tensor::{Element, ViewMut};
 
@@ -94,18 +94,17 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
     #[inline(always)]
     fn run(self, b: B) {
         let Advance { head, at, rows: m, work, scores, stride, mut out, state, ahead } = self;
-        let (l, t) = (b.lanes(), b.tiles());
+        let t = b.tiles();
         let (dk, dv) = (head.q.shape()[1], head.v.shape()[1]);
-        let (v, vs) = stage(b, head.v, [at, m], work.v);
-        t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
+        let [q, k, v] = [head.q, head.k, head.v].map(|x| x.slice(0, at, at + m));
+        t.pack_right(b, rows_of(v, 0), m, dv, work.values);
         let forget = head.decay.forget(m);
         // The last chunk of a call always: the next call counts its chunks from 0 again.
         let flush = at + m == head.q.shape()[0] || head.decay.flush_due(at, m);
         if forget == Forget::All {
             state.fill(0.0);
         }
-        let (q, qs) = stage(b, head.q, [at, m], work.q);
-        let (k, ks) = stage(b, head.k, [at, m], work.k);
+        let ((q_data, qs), (k_data, ks)) = (q.parts(), k.parts());
         let query_scale: &[f32] = if head.scale == 1.0 {
             head.decay.query(m)
         } else {
@@ -114,28 +113,31 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             }
             work.query_scale
         };
-        let left_q = Left::new(q, Order::Rows(qs));
-        let left_q = t.pack_left(l, left_q, None, m, dk, work.left_q);
-        let keys = Left::new(k, Order::Columns(ks));
-        let left_k = t.pack_left(l, keys, Some(head.decay.key(m)), dk, m, work.left_k);
+        let left_q = Left::new(q_data, Order::Rows(qs));
+        let left_q = t.pack_left(b, left_q, None, m, dk, work.left_q);
+        let keys = Left::new(k_data, Order::Columns(ks));
+        let left_k = t.pack_left(b, keys, Some(head.decay.key(m)), dk, m, work.left_k);
         let left_p = Left::new(scores, Order::Rows(stride));
-        let left_p = t.pack_left(l, left_p, None, m, m, work.left_p);
+        let left_p = t.pack_left(b, left_p, None, m, m, work.left_p);
         let values = B::T::right(work.values, m);
         for j in (0..dv).step_by(PANEL) {
             let n = PANEL.min(dv - j);
             let state = &mut state[j * dk..][..PANEL * dk];
-            if !all_finite(l, &v[j..], vs, m, n) {
+            if !finite_rows(b, v.slice(1, j, j + n), [0, m]) {
                 // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
                 // Panel by panel, because threads that share a head divide it by panels.
                 for r in 0..m {
                     let y = &mut work.out[..n];
+                    E::widen(b.convert(), q.row([r, 0]), work.q);
+                    E::widen(b.convert(), k.row([r, 0]), work.k);
+                    E::widen(b.convert(), &v.row([r, 0])[j..j + n], &mut work.v[..n]);
                     Step {
                         state: &mut *state,
                         stride: PANEL,
                         forget: head.decay.forget(1),
-                        q: &q[r * qs..][..dk],
-                        k: &k[r * ks..][..dk],
-                        v: &v[r * vs + j..][..n],
+                        q: work.q,
+                        k: work.k,
+                        v: &work.v[..n],
                         out: &mut *y,
                         scale: head.scale,
                     }
@@ -145,7 +147,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 continue;
             }
             let values = values.columns(j);
-            let right_s = t.view_right(l, state, dk, n, work.view_s);
+            let right_s = t.view_right(b, state, dk, n, work.view_s);
             let product = Product {
                 m,
                 n,

@@ -74,10 +74,9 @@ impl ChunkShape {
     /// Bytes of a [`Workspace`].
     #[must_use]
     pub fn workspace_bytes<B: Backend>(&self) -> usize {
-        let rows = bytes_of::<f32>(self.chunk * self.dk);
-        let values = bytes_of::<f32>(self.chunk * self.dv);
-        2 * rows
-            + 2 * values
+        2 * bytes_of::<f32>(self.dk)
+            + bytes_of::<f32>(self.dv)
+            + bytes_of::<f32>(self.chunk * self.dv)
             + bytes_of::<f32>(self.chunk)
             + bytes_of::<Elem<B>>(B::T::right_len(self.dk, self.chunk))
             + bytes_of::<Elem<B>>(B::T::right_len(self.chunk, self.dv))
@@ -111,9 +110,9 @@ impl<'a, B: Backend> Workspace<'a, B> {
     pub fn new(b: B, shape: ChunkShape, scratch: &mut Cut<'a>) -> Self {
         let ChunkShape { chunk, dk, dv } = shape;
         Self {
-            q: scratch.take(chunk * dk),
-            k: scratch.take(chunk * dk),
-            v: scratch.take(chunk * dv),
+            q: scratch.take(dk),
+            k: scratch.take(dk),
+            v: scratch.take(dv),
             out: scratch.take(chunk * dv),
             session: b.tiles().session(),
             query_scale: scratch.take(chunk),

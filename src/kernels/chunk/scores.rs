@@ -3,7 +3,6 @@
 use super::{Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::DecayTable;
-use crate::kernels::staging::stage;
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Sink, Source, Term, Tiles};
 use crate::tensor::Element;
 
@@ -52,12 +51,10 @@ impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
     #[inline(always)]
     fn run(self, b: B) {
         let Scores { head, at, rows: m, work, scores, stride, ahead } = self;
-        let (l, t, dk) = (b.lanes(), b.tiles(), head.q.shape()[1]);
-        let (q, qs) = stage(b, head.q, [at, m], work.q);
-        let (k, ks) = stage(b, head.k, [at, m], work.k);
-        t.pack_right(l, Source::Columns(k, ks), dk, m, work.keys);
-        let left = Left::new(q, Order::Rows(qs));
-        let left = t.pack_left(l, left, None, m, dk, work.left_q);
+        let (t, dk) = (b.tiles(), head.q.shape()[1]);
+        let ((q, qs), (k, ks)) = (head.q.slice(0, at, at + m).parts(), head.k.slice(0, at, at + m).parts());
+        t.pack_right(b, Source::Columns(k, ks), dk, m, work.keys);
+        let left = t.pack_left(b, Left::new(q, Order::Rows(qs)), None, m, dk, work.left_q);
         let product = Product {
             m,
             n: m,

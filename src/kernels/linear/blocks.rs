@@ -3,10 +3,10 @@
 use super::{Elem, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
 use crate::kernels::feature_map::map_rows;
-use crate::kernels::staging::{add_columns, partial_dot, stage};
+use crate::kernels::staging::{add_columns, partial_dot, rows_of};
 use crate::kernels::store::Store;
 use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row,
+    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
 };
 use crate::tensor::{Element, View, ViewMut};
 
@@ -36,9 +36,7 @@ impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
         let (rows, work) = (self.rows, self.work);
         let ([_, dk], [_, dv]) = (self.k.shape(), self.v.shape());
         map_rows(b, self.form.map, self.k, rows, work.k, dk);
-        let (v, stride) = stage(b, self.v, rows, work.v);
-        let (l, v) = (b.lanes(), Source::Rows(v, stride));
-        b.tiles().pack_right(l, v, rows[1], dv, work.values);
+        b.tiles().pack_right(b, rows_of(self.v, rows[0]), rows[1], dv, work.values);
         absorb(b, [rows[1], dk, dv], work, self.state, self.z);
     }
 }
@@ -155,16 +153,16 @@ pub(super) fn read<B: Backend, E: Element>(
     at: usize,
     causal: bool,
 ) {
-    let (l, t) = (b.lanes(), b.tiles());
+    let t = b.tiles();
     let left_q = Left::new(&*work.q, Order::Rows(work.q_stride));
-    let left_q = t.pack_left(l, left_q, None, m, dk, work.left_q);
+    let left_q = t.pack_left(b, left_q, None, m, dk, work.left_q);
     let left_p = causal.then(|| {
         let left = Left::new(&*work.scores, Order::Rows(SCORES));
-        t.pack_left(l, left, None, m, m, work.left_p)
+        t.pack_left(b, left, None, m, m, work.left_p)
     });
     for j in (0..dv).step_by(PANEL) {
         let n = PANEL.min(dv - j);
-        let right = t.view_right(l, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
+        let right = t.view_right(b, &state[j * dk..][..PANEL * dk], dk, n, work.view_s);
         let inter = Term { left: left_q, right, k: dk };
         let intra = left_p.map(|left| (values::<B>(left, work.values, m, j), &*work.ones));
         let product = product(m, n, inter, intra);
@@ -197,7 +195,7 @@ pub(super) fn absorb<B: Backend>(
     let (l, t) = (b.lanes(), b.tiles());
     add_columns(l, work.k, [m, dk], z);
     let left = Left::new(&*work.k, Order::Columns(dk));
-    let left = t.pack_left(l, left, None, dk, m, work.left_k);
+    let left = t.pack_left(b, left, None, dk, m, work.left_k);
     for j in (0..dv).step_by(PANEL) {
         let product = product(dk, PANEL.min(dv - j), values::<B>(left, work.values, m, j), None);
         let (sink, ahead) = (Add(&mut state[j * dk..][..PANEL * dk]), &mut work.ahead);

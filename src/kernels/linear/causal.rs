@@ -6,7 +6,7 @@ use crate::kernels::ahead::Meanwhile;
 use crate::kernels::decay::Forget;
 use crate::kernels::feature_map::map_rows;
 use crate::kernels::recurrence::Step;
-use crate::kernels::staging::{add_columns, all_finite, partial_dot, stage};
+use crate::kernels::staging::{add_columns, finite_rows, partial_dot, rows_of, stage};
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
@@ -53,8 +53,8 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
         let (l, t) = (b.lanes(), b.tiles());
         map_rows(b, form.map, self.q, rows, work.q, work.q_stride);
         map_rows(b, form.map, self.k, rows, work.k, dk);
-        let (v, vs) = stage(b, self.v, rows, work.v);
-        if !all_finite(l, v, vs, m, dv) {
+        if !finite_rows(b, self.v, rows) {
+            let (v, vs) = stage(b, self.v, rows, work.v);
             // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
             for r in 0..m {
                 let y = &mut work.out[..dv];
@@ -64,10 +64,10 @@ impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
             }
             return;
         }
-        t.pack_right(l, Source::Rows(v, vs), m, dv, work.values);
-        t.pack_right(l, Source::Columns(work.k, dk), dk, m, work.keys);
+        t.pack_right(b, rows_of(self.v, at), m, dv, work.values);
+        t.pack_right(b, Source::Columns(work.k, dk), dk, m, work.keys);
         let left = Left::new(&*work.q, Order::Rows(work.q_stride));
-        let left = t.pack_left(l, left, None, m, dk, work.left_q);
+        let left = t.pack_left(b, left, None, m, dk, work.left_q);
         let right = B::T::right(work.keys, dk);
         let scores = Some(Term { left, right, k: dk });
         let product = Product { m, n: m, first: None, second: scores, causal: false, lower: true };
