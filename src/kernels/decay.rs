@@ -90,36 +90,34 @@ pub fn power(slope: f64, steps: usize) -> f32 {
     if p < f32::MIN_POSITIVE { 0.0 } else { p }
 }
 
-/// The powers that a chunk of up to `chunk` tokens needs.
+/// The powers that a chunk of up to `most` tokens needs.
 #[derive(Clone, Debug)]
 pub struct DecayTable {
-    chunk: usize,
-    slope: f64,
-    full: Forget,
-    step: Forget,
-    /// Chunks from one flush of tiny state elements to the next.
-    flush_every: usize,
-    /// `lambda^1, lambda^2, .. lambda^chunk`
+    most: usize,
+    /// What 1, 2, .. `most` steps forget.
+    forget: Vec<Forget>,
+    /// Rows after which tiny elements of a state are due to be zeroed.
+    period: usize,
+    /// `lambda^1, lambda^2, .. lambda^most`
     up: Vec<f32>,
-    /// `lambda^(chunk-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
+    /// `lambda^(most-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
     down: Vec<f32>,
 }
 
 impl DecayTable {
-    /// Tables for one head. `slope` is not NaN and not negative, `chunk` not zero.
+    /// Tables for one head. `slope` is not NaN and not negative, `most` not zero.
     #[must_use]
-    pub fn new(slope: f64, chunk: usize) -> Self {
-        let up: Vec<f32> = (1..=chunk).map(|j| power(slope, j)).collect();
-        let mut down: Vec<f32> = (0..chunk).rev().map(|j| power(slope, j)).collect();
-        down.resize(2 * chunk + 2 * crate::simd::PANEL, 0.0);
-        // An element that was 2^-100 or larger loses at most a factor 2^-8 between flushes and stays normal.
-        let period = 8.0 * core::f64::consts::LN_2 / (slope * chunk as f64);
+    pub fn new(slope: f64, most: usize) -> Self {
+        let up: Vec<f32> = (1..=most).map(|j| power(slope, j)).collect();
+        let mut down: Vec<f32> = (0..most).rev().map(|j| power(slope, j)).collect();
+        down.resize(2 * most + 2 * crate::simd::PANEL, 0.0);
+        // An element that was 2^-100 or larger loses a factor 2^-8 in a period: between two flushes, a period and a
+        // chunk apart, it stays normal, or else every chunk flushes.
+        let period = 8.0 * core::f64::consts::LN_2 / slope;
         Self {
-            chunk,
-            slope,
-            full: Forget::over(slope, chunk),
-            step: Forget::over(slope, 1),
-            flush_every: (period as usize).clamp(1, 1 << 20),
+            most,
+            forget: (1..=most).map(|n| Forget::over(slope, n)).collect(),
+            period: (period as usize).clamp(1, 1 << 30),
             up,
             down,
         }
@@ -127,8 +125,8 @@ impl DecayTable {
 
     /// The largest number of rows.
     #[must_use]
-    pub fn chunk(&self) -> usize {
-        self.chunk
+    pub fn most(&self) -> usize {
+        self.most
     }
 
     /// `lambda^(r+1)`, the weight of the incoming state in row `r`.
@@ -140,30 +138,26 @@ impl DecayTable {
     /// `lambda^(rows-1-r)`, the weight of row `r` in the outgoing state.
     #[must_use]
     pub fn key(&self, rows: usize) -> &[f32] {
-        &self.down[self.chunk - rows..self.chunk]
+        &self.down[self.most - rows..self.most]
     }
 
     /// `lambda^(row-c)` for columns `c = from, from + 1, ..`, zero for `c > row`.
     #[inline(always)]
     #[must_use]
     pub fn mask(&self, row: usize, from: usize) -> &[f32] {
-        &self.down[self.chunk - 1 - row + from..]
+        &self.down[self.most - 1 - row + from..]
     }
 
-    /// Whether tiny elements of the state are to be zeroed after the chunk that begins at row `at`: often enough
-    /// that a decaying state never reaches the subnormals.
+    /// Whether tiny elements of the state are to be zeroed after rows `at .. at + rows`: often enough that a decaying
+    /// state never reaches the subnormals.
     #[must_use]
     pub fn flush_due(&self, at: usize, rows: usize) -> bool {
-        rows < self.chunk || (at / self.chunk + 1).is_multiple_of(self.flush_every)
+        (at + rows) / self.period != at / self.period
     }
 
-    /// What `rows` steps forget.
+    /// What `rows` steps forget; between 1 and [`most`](Self::most) of them.
     #[must_use]
     pub fn forget(&self, rows: usize) -> Forget {
-        match rows {
-            _ if rows == self.chunk => self.full,
-            1 => self.step,
-            _ => Forget::over(self.slope, rows),
-        }
+        self.forget[rows - 1]
     }
 }

@@ -13,9 +13,8 @@ use crate::runtime::Runtime;
 use crate::tensor::{Element, View, ViewMut};
 use alloc::vec::Vec;
 
-/// Rows of a chunk when the caller gives no hint: small enough that the quadratic part stays cheap, large
-/// enough to pay for one pass over the state.
-const CHUNK: usize = 32;
+/// Rows of the chunks that engines choose without a hint, at most.
+const CHUNK: usize = 128;
 /// Hints above this are taken as this.
 const MAX_CHUNK: usize = 512;
 
@@ -50,6 +49,7 @@ const MAX_CHUNK: usize = 512;
 #[derive(Clone, Debug)]
 pub struct LightningAttention {
     tables: Vec<DecayTable>,
+    chunk: Option<usize>,
     scale: f32,
 }
 
@@ -59,17 +59,20 @@ impl LightningAttention {
     /// # Errors
     /// [`Error::Value`] for a slope that is NaN or negative.
     pub fn new(slopes: &[f64]) -> Result<Self> {
-        Self::with_chunk(slopes, CHUNK)
+        Self::of(slopes, None)
     }
 
     /// As [`new`](Self::new) with a hint for the rows of a chunk, which changes speed but not results.
     pub fn with_chunk(slopes: &[f64], chunk: usize) -> Result<Self> {
-        let chunk = chunk.clamp(1, MAX_CHUNK);
+        Self::of(slopes, Some(chunk.clamp(1, MAX_CHUNK)))
+    }
+
+    fn of(slopes: &[f64], chunk: Option<usize>) -> Result<Self> {
         if let Some(bad) = slopes.iter().find(|s| s.is_nan() || **s < 0.0) {
             return Err(Error::value("lightning attention", "slopes", "0 or positive", bad));
         }
-        let tables = slopes.iter().map(|s| DecayTable::new(s.abs(), chunk)).collect();
-        Ok(Self { tables, scale: 1.0 })
+        let tables = slopes.iter().map(|s| DecayTable::new(s.abs(), chunk.unwrap_or(CHUNK))).collect();
+        Ok(Self { tables, chunk, scale: 1.0 })
     }
 
     /// Multiplies every output by `scale` (1 by default; some models use `dk^-1/2`).

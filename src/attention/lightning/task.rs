@@ -11,7 +11,7 @@ use crate::kernels::decay::DecayTable;
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, PANEL, Task};
+use crate::simd::{Backend, PANEL, Task, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Sequences up to this length go token by token: bringing the state into panels and back costs as much as
@@ -28,15 +28,16 @@ struct Job<'a, E> {
     out: ViewMut<'a, E, 4>,
     state: ViewMut<'a, f32, 4>,
     tables: &'a [DecayTable],
+    /// The hint for the number of rows in a chunk.
+    chunk: Option<usize>,
     scale: f32,
     by_batch: bool,
 }
 
 impl<'a, E: Element> Job<'a, E> {
-    fn shape(&self) -> ChunkShape {
-        let ([.., dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        let longest = self.tables.first().map_or(1, DecayTable::chunk);
-        ChunkShape { chunk: longest.min(self.q.shape()[1]).max(1), dk, dv }
+    fn shape<B: Backend>(&self) -> ChunkShape {
+        let ([_, len, _, dk], [.., dv]) = (self.q.shape(), self.v.shape());
+        ChunkShape { chunk: rows::<B>(self.chunk).min(len).max(1), dk, dv }
     }
 
     fn head(&self, b: usize, h: usize) -> Head<'a, E> {
@@ -68,12 +69,17 @@ impl<'a, E: Element> Job<'a, E> {
     }
 
     fn bytes<B: Backend>(&self) -> usize {
-        let s = self.shape();
+        let s = self.shape::<B>();
         if self.q.shape()[1] <= RECURRENT {
             return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
         }
         chunked_bytes::<B>(s, self.tables.len())
     }
+}
+
+/// Rows of a chunk.
+fn rows<B: Backend>(hint: Option<usize>) -> usize {
+    hint.unwrap_or(<B::T as Tiles>::CHUNK)
 }
 
 /// How many of `heads` heads advance together.
@@ -154,7 +160,7 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
 /// page by page while the states wait in the second cache level.
 fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
     let ([batch, len, heads, _], shape, group) =
-        (job.q.shape(), job.shape(), group(job.shape(), job.tables.len()));
+        (job.q.shape(), job.shape::<B>(), group(job.shape::<B>(), job.tables.len()));
     let states = scratch.take::<f32>(group * shape.state_len());
     let scores = scratch.take::<f32>(shape.score_len());
     let mut work = Workspace::<B>::new(b, shape, &mut scratch);
@@ -241,7 +247,7 @@ pub(super) fn run<E: Element>(
     let by_batch = heads < rt.threads() && heads < batch;
     rt.run(Forward {
         rt,
-        job: Job { q, k, v, out, state, tables: &op.tables, scale: op.scale, by_batch },
+        job: Job { q, k, v, out, state, tables: &op.tables, chunk: op.chunk, scale: op.scale, by_batch },
     })
 }
 
@@ -251,8 +257,7 @@ pub(super) fn scratch_bytes(rt: &Runtime, op: &LightningAttention, dk: usize, dv
     impl Task for Ask<'_> {
         type Output = usize;
         fn run<B: Backend>(self, _: B) -> usize {
-            let chunk = self.0.tables.first().map_or(1, DecayTable::chunk);
-            let shape = ChunkShape { chunk, dk: self.1, dv: self.2 };
+            let shape = ChunkShape { chunk: rows::<B>(self.0.chunk), dk: self.1, dv: self.2 };
             chunked_bytes::<B>(shape, self.0.heads())
         }
     }
