@@ -47,12 +47,19 @@ pub fn finite_rows<B: Backend, E: Element>(
     if let Some(data) = E::as_f32(data) {
         return all_finite(l, &data[at * stride..], stride, rows, width);
     }
-    let mut fine = true;
+    let (mut fine, mut largest) = (true, [0u16; 32]);
     for r in at..at + rows {
         let row = src.row([r, 0]);
         if let Some(row) = E::as_bf16(row) {
-            let largest = row.iter().fold(0, |m: u16, x| m.max(x.to_bits() & 0x7fff));
-            fine &= largest < 0x7f80;
+            let (blocks, rest) = row.as_chunks::<32>();
+            for x in blocks {
+                for i in 0..32 {
+                    largest[i] = largest[i].max(x[i].to_bits() & 0x7fff);
+                }
+            }
+            for (most, x) in largest.iter_mut().zip(rest) {
+                *most = (*most).max(x.to_bits() & 0x7fff);
+            }
             continue;
         }
         for part in row.chunks(64) {
@@ -61,7 +68,8 @@ pub fn finite_rows<B: Backend, E: Element>(
             fine &= all_finite(l, &x, 64, 1, 64);
         }
     }
-    fine
+    // Exponents of all ones are infinities and NaN.
+    fine && largest.iter().all(|x| *x < 0x7f80)
 }
 
 /// Whether all elements of some rows are finite.

@@ -1,7 +1,8 @@
 //! The sink of ordinary products: finished rows go to an output matrix.
 
-use crate::simd::{Lanes, Sink, each_row};
-use crate::tensor::ViewMut;
+use crate::simd::convert::Convert;
+use crate::simd::{Lanes, PANEL, Sink, each_row};
+use crate::tensor::{Element, ViewMut};
 
 /// What becomes of the old contents of an output.
 #[derive(Clone, Copy, Debug)]
@@ -113,5 +114,38 @@ fn keep<L: Lanes>(l: L, keep: Keep<'_>, i: usize, new: L::F, old: impl FnOnce(L)
         Keep::Nothing => new,
         Keep::All => l.add(old(l), new),
         Keep::Rows(factor) => l.mul_add(old(l), l.splat(factor[i]), new),
+    }
+}
+
+/// The sink of plain products into elements of any type, rounded on the way: `out[i][j] = scale[i] * product[i][j]`.
+#[derive(Debug)]
+pub struct Narrow<'a, E, C> {
+    /// `m x n`
+    pub out: ViewMut<'a, E, 2>,
+    /// How elements are rounded.
+    pub convert: C,
+    /// One factor per row.
+    pub scale: Option<&'a [f32]>,
+}
+
+/// Floats of the widest row of a tile.
+const WIDEST: usize = PANEL;
+
+impl<L: Lanes, E: Element, C: Convert> Sink<L> for Narrow<'_, E, C> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        let out = &mut self.out.row_mut([i, 0])[j..j + width];
+        let factor = self.scale.map(|s| l.splat(s[i]));
+        if let (Some(out), true) = (E::as_f32_mut(out), width == V * L::N) {
+            for v in 0..V {
+                l.store(&mut out[v * L::N..], factor.map_or(acc[v], |f| l.mul(acc[v], f)));
+            }
+            return;
+        }
+        let mut row = [0.0; WIDEST];
+        for v in 0..V {
+            l.store(&mut row[v * L::N..], factor.map_or(acc[v], |f| l.mul(acc[v], f)));
+        }
+        E::narrow(self.convert, &row[..width], out);
     }
 }

@@ -14,6 +14,11 @@ pub trait Storage: bytemuck::Pod + Send + Sync + Default {
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
+    /// The slice itself if the elements are `f32`, to be written.
+    #[inline(always)]
+    fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
     /// The slice itself if the elements are `bf16`.
     #[inline(always)]
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
@@ -32,6 +37,10 @@ impl Storage for f32 {
     }
     #[inline(always)]
     fn as_f32(s: &[f32]) -> Option<&[f32]> {
+        Some(s)
+    }
+    #[inline(always)]
+    fn as_f32_mut(s: &mut [f32]) -> Option<&mut [f32]> {
         Some(s)
     }
 }

@@ -24,6 +24,12 @@ pub struct Planes<'a> {
 const N: usize = 16;
 
 impl<E: Storage> Rows<'_, E> {
+    /// The first 32 columns of a row that has them.
+    #[inline]
+    fn whole(&self, r: usize) -> &[E; 2 * N] {
+        self.data[r * self.stride..].first_chunk().expect("a whole row")
+    }
+
     /// Columns `at .. at + 16` of row `r`, zeros from column `width` on.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -102,6 +108,22 @@ fn half(s: &[bf16]) -> __m256i {
     let mask = (u32::MAX >> (32 - s.len().clamp(1, N))) as u16;
     // SAFETY: the mask keeps to the elements of `s`.
     unsafe { _mm256_maskz_loadu_epi16(if s.is_empty() { 0 } else { mask }, s.as_ptr().cast()) }
+}
+
+/// Sixteen of 32 elements.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn half_of(x: &[bf16], which: usize) -> __m256i {
+    let x = &x[which * N..][..N];
+    // SAFETY: sixteen elements of two bytes.
+    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+}
+
+/// Sixteen of 32 elements, in `f32`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn vector_of<E: Storage>(x: &[E; 2 * N], which: usize) -> __m512 {
+    Rows { data: &x[which * N..], stride: 0 }.load(0, 0, N)
 }
 
 /// What is `bf16` already has no second part.
@@ -197,7 +219,33 @@ fn transpose(x: [__m512i; N]) -> [__m512i; N] {
 /// A panel of 32 columns with interleaved row pairs from `k` rows of `width` columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub fn pairs<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usize; 2], dst: Planes<'_>) {
-    for p in (0..k.next_multiple_of(2 * N)).step_by(2) {
+    let whole = if width == 2 * N { k / 2 * 2 } else { 0 };
+    let (one, two) = dst.data.split_at_mut(if PARTS == 2 { dst.plane } else { dst.data.len() });
+    for p in (0..whole).step_by(2) {
+        let (a, b) = (src.whole(p), src.whole(p + 1));
+        let first = &mut one[p * 2 * N..][..4 * N];
+        for half in 0..2 {
+            let x = match (E::as_bf16(a), E::as_bf16(b)) {
+                (Some(a), Some(b)) => {
+                    let [a, b] = [a, b].map(|x| half_of(x, half));
+                    exact::<PARTS>(turns(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b)))
+                }
+                _ => {
+                    let mut x = parts::<PARTS>(vector_of(a, half), vector_of(b, half));
+                    for x in &mut x {
+                        *x = turns(*x);
+                    }
+                    x
+                }
+            };
+            store(&mut first[half * 2 * N..], x[0]);
+            if PARTS == 2 {
+                store(&mut two[p * 2 * N + half * 2 * N..], x[PARTS - 1]);
+            }
+        }
+    }
+    let dst = Planes { data: dst.data, plane: dst.plane };
+    for p in (whole..k.next_multiple_of(2 * N)).step_by(2) {
         for half in 0..2 {
             let x = src.pair::<PARTS>(p, k, half * N, width, None);
             for part in 0..PARTS {

@@ -5,7 +5,7 @@ use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{finite_rows, rows_of};
-use crate::kernels::store::Store;
+use crate::kernels::store::Narrow;
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
 };
@@ -156,26 +156,9 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                 causal: true,
                 lower: false,
             };
-            match E::as_f32_view(out.reborrow()) {
-                Some(out) => {
-                    let out = out.slice(0, at, at + m).slice(1, j, j + n);
-                    t.product(
-                        b,
-                        &work.session,
-                        &product,
-                        &mut Meanwhile { sink: Store::new(out), ahead },
-                    );
-                }
-                None => {
-                    let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
-                    let sink = Store::new(rows.expect("rows in the buffer"));
-                    t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
-                    for r in 0..m {
-                        let row = &mut out.row_mut([at + r, 0])[j..j + n];
-                        E::narrow(b.convert(), &work.out[r * dv..][..n], row);
-                    }
-                }
-            }
+            let rows = out.reborrow().slice(0, at, at + m).slice(1, j, j + n);
+            let sink = Narrow { out: rows, convert: b.convert(), scale: None };
+            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
             let product = Product {
                 m: dk,
                 n,

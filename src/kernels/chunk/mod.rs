@@ -76,7 +76,7 @@ impl ChunkShape {
     pub fn workspace_bytes<B: Backend>(&self) -> usize {
         2 * bytes_of::<f32>(self.dk)
             + bytes_of::<f32>(self.dv)
-            + bytes_of::<f32>(self.chunk * self.dv)
+            + bytes_of::<f32>(PANEL)
             + bytes_of::<f32>(self.chunk)
             + bytes_of::<Elem<B>>(B::T::right_len(self.dk, self.chunk))
             + bytes_of::<Elem<B>>(B::T::right_len(self.chunk, self.dv))
@@ -113,7 +113,7 @@ impl<'a, B: Backend> Workspace<'a, B> {
             q: scratch.take(dk),
             k: scratch.take(dk),
             v: scratch.take(dv),
-            out: scratch.take(chunk * dv),
+            out: scratch.take(PANEL),
             session: b.tiles().session(),
             query_scale: scratch.take(chunk),
             keys: scratch.take(B::T::right_len(dk, chunk)),

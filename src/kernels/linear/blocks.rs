@@ -4,7 +4,7 @@ use super::{Elem, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
 use crate::kernels::feature_map::map_rows;
 use crate::kernels::staging::{add_columns, partial_dot, rows_of};
-use crate::kernels::store::Store;
+use crate::kernels::store::Narrow;
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
 };
@@ -166,20 +166,9 @@ pub(super) fn read<B: Backend, E: Element>(
         let inter = Term { left: left_q, right, k: dk };
         let intra = left_p.map(|left| (values::<B>(left, work.values, m, j), &*work.ones));
         let product = product(m, n, inter, intra);
-        let (scale, ahead) = (Some(&*work.weight), &mut work.ahead);
-        if let Some(out) = E::as_f32_view(out.reborrow()) {
-            let out = out.slice(0, at, at + m).slice(1, j, j + n);
-            let sink = Store { scale, ..Store::new(out) };
-            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
-            continue;
-        }
-        let rows = ViewMut::with_strides(&mut *work.out, [m, n], [dv, 1]);
-        let sink = Store { scale, ..Store::new(rows.expect("rows in the buffer")) };
-        t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
-        for r in 0..m {
-            let row = &mut out.row_mut([at + r, 0])[j..j + n];
-            E::narrow(b.convert(), &work.out[r * dv..][..n], row);
-        }
+        let rows = out.reborrow().slice(0, at, at + m).slice(1, j, j + n);
+        let sink = Narrow { out: rows, convert: b.convert(), scale: Some(&*work.weight) };
+        t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead: &mut work.ahead });
     }
 }
 
