@@ -2,6 +2,7 @@
 
 use crate::simd::{Backend, Kernel, Lanes, Source};
 use crate::tensor::{Element, View};
+use half::bf16;
 
 /// Rows of a block as `f32`: in place, or converted into `buffer`. Returns the distance of rows too.
 #[inline(always)]
@@ -47,19 +48,17 @@ pub fn finite_rows<B: Backend, E: Element>(
     if let Some(data) = E::as_f32(data) {
         return all_finite(l, &data[at * stride..], stride, rows, width);
     }
-    let (mut fine, mut largest) = (true, [0u16; 32]);
+    let mut fine = true;
     for r in at..at + rows {
         let row = src.row([r, 0]);
         if let Some(row) = E::as_bf16(row) {
+            // An exponent of all ones carries into the sign.
+            let carry = |x: &bf16| (x.to_bits() & 0x7f80).wrapping_add(0x80);
             let (blocks, rest) = row.as_chunks::<32>();
             for x in blocks {
-                for i in 0..32 {
-                    largest[i] = largest[i].max(x[i].to_bits() & 0x7fff);
-                }
+                fine &= x.iter().fold(0, |any, x| any | carry(x)) & 0x8000 == 0;
             }
-            for (most, x) in largest.iter_mut().zip(rest) {
-                *most = (*most).max(x.to_bits() & 0x7fff);
-            }
+            fine &= rest.iter().fold(0, |any, x| any | carry(x)) & 0x8000 == 0;
             continue;
         }
         for part in row.chunks(64) {
@@ -68,8 +67,7 @@ pub fn finite_rows<B: Backend, E: Element>(
             fine &= all_finite(l, &x, 64, 1, 64);
         }
     }
-    // Exponents of all ones are infinities and NaN.
-    fine && largest.iter().all(|x| *x < 0x7f80)
+    fine
 }
 
 /// Whether all elements of some rows are finite.

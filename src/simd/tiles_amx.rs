@@ -13,6 +13,7 @@ use super::lanes_pulp::Pulp;
 use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
 use super::tiles_amx_pack::{self as pack, Planes, Rows};
+use core::mem::MaybeUninit;
 use half::bf16;
 
 type L = Pulp<pulp::x86::V4>;
@@ -30,6 +31,7 @@ const STEP: usize = 32;
 
 /// Two tiles by two tiles of sums, as `tilestored` leaves them.
 #[repr(C, align(64))]
+#[derive(Clone, Copy)]
 struct Square([[f32; PANEL]; 2 * TILE]);
 
 /// The part of a term that one square needs, bounds already proven.
@@ -44,63 +46,168 @@ struct Strip {
     steps: usize,
 }
 
-/// One square of the result and its sink, a kernel of its own.
-struct Piece<'a, S, const PARTS: usize, const R: usize, const C: usize> {
-    first: Option<(Strip, &'a [f32])>,
-    second: Option<Strip>,
+/// All squares of a product, a kernel of its own: while the sink takes one square, the tiles sum the next.
+struct Walk<'a, 'p, S, const PARTS: usize> {
+    p: &'a Product<'p, bf16>,
     sink: &'a mut S,
+    _session: &'a Session,
+}
+
+/// Which part of the result a square holds.
+#[derive(Clone, Copy)]
+struct Place {
     i: usize,
     j: usize,
     rows: usize,
     width: usize,
-    _session: &'a Session,
 }
 
-impl<B, S, const PARTS: usize, const R: usize, const C: usize> Kernel<B>
-    for Piece<'_, S, PARTS, R, C>
-where
-    B: Backend<L = L>,
-    S: Sink<L>,
-{
+/// The scaled and the plain sums of a square; without a scaled term, the plain ones come first.
+type Sums = [MaybeUninit<Square>; 2];
+
+impl<B: Backend<L = L>, S: Sink<L>, const PARTS: usize> Kernel<B> for Walk<'_, '_, S, PARTS> {
     type Output = ();
     #[inline(always)]
     fn run(mut self, b: B) {
-        let l = b.lanes();
-        let (mut x, mut y) = (
-            core::mem::MaybeUninit::<Square>::uninit(),
-            core::mem::MaybeUninit::<Square>::uninit(),
-        );
-        let (px, py) = (x.as_mut_ptr().cast::<f32>(), y.as_mut_ptr().cast::<f32>());
-        // SAFETY: `Amx::check` proved the operands; a session is held; a square takes R x C tiles.
-        unsafe {
-            if let Some((strip, _)) = self.first {
-                sum::<PARTS, R, C>(strip, px);
-            }
-            match self.second {
-                Some(strip) => {
-                    sum::<PARTS, R, C>(strip, if self.first.is_some() { py } else { px })
+        let (l, p) = (b.lanes(), self.p);
+        let mut sums: [Sums; 2] = [[MaybeUninit::uninit(); 2]; 2];
+        let (mut turn, mut done) = (0, None::<Place>);
+        for j in (0..p.n).step_by(PANEL) {
+            // In the lower triangle, rows above the panel's first column are not wanted.
+            let mut i = if p.lower { j } else { 0 };
+            while i < p.m {
+                let (rows, width) = ((p.m - i).min(2 * TILE), (p.n - j).min(PANEL));
+                let place = Place { i, j, rows, width };
+                // SAFETY: `Amx::check` proved the operands, and a session is held.
+                unsafe {
+                    match (rows > TILE, width > TILE) {
+                        (true, true) => square::<PARTS, 2, 2>(p, place, &mut sums[turn]),
+                        (true, false) => square::<PARTS, 2, 1>(p, place, &mut sums[turn]),
+                        (false, true) => square::<PARTS, 1, 2>(p, place, &mut sums[turn]),
+                        (false, false) => square::<PARTS, 1, 1>(p, place, &mut sums[turn]),
+                    }
                 }
-                None if self.first.is_none() => {
-                    amx::zero();
-                    amx::store::<R, C>(px);
+                turn = 1 - turn;
+                if let Some(place) = done.replace(place) {
+                    self.emit(l, place, &sums[turn]);
                 }
-                None => {
-                    amx::zero();
-                    amx::store::<R, C>(py);
-                }
+                i += 2 * TILE;
             }
         }
-        let scale = self.first.map(|(_, scale)| scale);
+        if let Some(place) = done {
+            self.emit(l, place, &sums[1 - turn]);
+        }
+    }
+}
+
+impl<S: Sink<L>, const PARTS: usize> Walk<'_, '_, S, PARTS> {
+    /// Hands a square on to the sink.
+    #[inline(always)]
+    fn emit(&mut self, l: L, at: Place, sums: &Sums) {
+        let scale = self.p.first.as_ref().map(|(_, scale)| &scale[at.i..]);
+        let sums = [sums[0].as_ptr().cast::<f32>(), sums[1].as_ptr().cast::<f32>()];
         let mut r = 0;
-        while r + 4 <= self.rows {
-            // SAFETY: rows r..r + 4 of R * 16, C vectors each, were written above.
-            unsafe { self.put::<4>(l, r, [px, py], scale) };
-            r += 4;
+        // SAFETY: `square` wrote these rows, as wide as the tiles that hold `width`.
+        unsafe {
+            while r + 4 <= at.rows {
+                match at.width > TILE {
+                    true => put::<S, 4, 2>(l, self.sink, at, r, sums, scale),
+                    false => put::<S, 4, 1>(l, self.sink, at, r, sums, scale),
+                }
+                r += 4;
+            }
+            while r < at.rows {
+                match at.width > TILE {
+                    true => put::<S, 1, 2>(l, self.sink, at, r, sums, scale),
+                    false => put::<S, 1, 1>(l, self.sink, at, r, sums, scale),
+                }
+                r += 1;
+            }
         }
-        while r < self.rows {
-            // SAFETY: as above.
-            unsafe { self.put::<1>(l, r, [px, py], scale) };
-            r += 1;
+    }
+}
+
+/// `M` rows of a square from row `r` on.
+///
+/// # Safety
+/// They are written, `C` tiles wide, in the second square too if there is a scale.
+#[inline(always)]
+unsafe fn put<S: Sink<L>, const M: usize, const C: usize>(
+    l: L,
+    sink: &mut S,
+    at: Place,
+    r: usize,
+    [x, y]: [*const f32; 2],
+    scale: Option<&[f32]>,
+) {
+    let mut acc = [[l.zero(); C]; M];
+    for q in 0..M {
+        for c in 0..C {
+            // SAFETY: as for this function.
+            acc[q][c] = unsafe { l.load_ptr(x.add((r + q) * PANEL + c * TILE)) };
+        }
+    }
+    if let Some(scale) = scale {
+        let scale: &[f32; M] = scale[r..].first_chunk().expect("a factor per row");
+        for q in 0..M {
+            for c in 0..C {
+                // SAFETY: as for this function.
+                let rest: F = unsafe { l.load_ptr(y.add((r + q) * PANEL + c * TILE)) };
+                acc[q][c] = l.mul_add(acc[q][c], l.splat(scale[q]), rest);
+            }
+        }
+    }
+    sink.put_tile(l, at.i + r, at.j, at.width, &acc);
+}
+
+/// The sums of one square of `R` by `C` tiles.
+///
+/// # Safety
+/// A session is held, and [`Amx::check`] has seen the product.
+#[inline(always)]
+unsafe fn square<const PARTS: usize, const R: usize, const C: usize>(
+    p: &Product<'_, bf16>,
+    at: Place,
+    sums: &mut Sums,
+) {
+    let [x, y] = sums;
+    let (x, y) = (x.as_mut_ptr().cast::<f32>(), y.as_mut_ptr().cast::<f32>());
+    let second = p.second.as_ref().map_or(Strip::EMPTY, |t| {
+        Strip::of(t, at, if p.causal { t.k.min(at.i + at.rows) } else { t.k })
+    });
+    // SAFETY: as for this function; a square takes R x C tiles.
+    unsafe {
+        match &p.first {
+            Some((t, _)) => {
+                sum::<PARTS, R, C>(Strip::of(t, at, t.k), x);
+                sum::<PARTS, R, C>(second, y);
+            }
+            None => sum::<PARTS, R, C>(second, x),
+        }
+    }
+}
+
+impl Strip {
+    /// Nothing to add.
+    const EMPTY: Strip = Strip {
+        a: core::ptr::null(),
+        a_stride: 0,
+        a_plane: 0,
+        b: core::ptr::null(),
+        b_plane: 0,
+        steps: 0,
+    };
+
+    #[inline(always)]
+    fn of(t: &Term<'_, bf16>, at: Place, k: usize) -> Self {
+        let Order::Rows(stride) = t.left.order else { return Self::EMPTY };
+        Strip {
+            a: t.left.data.as_ptr().wrapping_add(at.i * stride),
+            a_stride: stride * size_of::<bf16>(),
+            a_plane: t.left.plane,
+            b: t.right.data.as_ptr().wrapping_add(at.j / PANEL * t.right.step),
+            b_plane: t.right.plane,
+            steps: k.div_ceil(STEP),
         }
     }
 }
@@ -125,79 +232,7 @@ unsafe fn sum<const PARTS: usize, const R: usize, const C: usize>(s: Strip, to: 
     }
 }
 
-impl<S, const PARTS: usize, const R: usize, const C: usize> Piece<'_, S, PARTS, R, C> {
-    /// Hands `M` rows from row `r` of the square on to the sink.
-    ///
-    /// # Safety
-    /// Rows `r .. r + M` of the squares are written.
-    #[inline(always)]
-    unsafe fn put<const M: usize>(
-        &mut self,
-        l: L,
-        r: usize,
-        [x, y]: [*mut f32; 2],
-        scale: Option<&[f32]>,
-    ) where
-        S: Sink<L>,
-    {
-        let mut acc = [[l.zero(); C]; M];
-        for q in 0..M {
-            for c in 0..C {
-                let at = (r + q) * PANEL + c * TILE;
-                // SAFETY: as for this function.
-                acc[q][c] = unsafe { l.load_ptr(x.add(at)) };
-            }
-        }
-        if let Some(scale) = scale {
-            let scale: &[f32; M] = scale[self.i + r..].first_chunk().expect("a factor per row");
-            for q in 0..M {
-                for c in 0..C {
-                    let at = (r + q) * PANEL + c * TILE;
-                    // SAFETY: with a scaled term, both squares are written.
-                    let rest: F = unsafe { l.load_ptr(y.add(at)) };
-                    acc[q][c] = l.mul_add(acc[q][c], l.splat(scale[q]), rest);
-                }
-            }
-        }
-        self.sink.put_tile(l, self.i + r, self.j, self.width, &acc);
-    }
-}
-
 impl<const PARTS: usize> Amx<PARTS> {
-    fn strip(t: &Term<'_, bf16>, i: usize, j: usize, k: usize) -> Strip {
-        let Order::Rows(stride) = t.left.order else { unreachable!("packed in rows") };
-        Strip {
-            a: t.left.data.as_ptr().wrapping_add(i * stride),
-            a_stride: stride * size_of::<bf16>(),
-            a_plane: t.left.plane,
-            b: t.right.data.as_ptr().wrapping_add(j / PANEL * t.right.step),
-            b_plane: t.right.plane,
-            steps: k.div_ceil(STEP),
-        }
-    }
-
-    #[inline(always)]
-    fn piece<B: Backend<L = L>, S: Sink<L>, const R: usize, const C: usize>(
-        b: B,
-        session: &Session,
-        p: &Product<'_, bf16>,
-        [i, j]: [usize; 2],
-        sink: &mut S,
-    ) {
-        let rows = (p.m - i).min(R * TILE);
-        let deep = |t: &Term<'_, bf16>| if p.causal { t.k.min(i + rows) } else { t.k };
-        b.call(Piece::<S, PARTS, R, C> {
-            first: p.first.as_ref().map(|(t, scale)| (Self::strip(t, i, j, t.k), *scale)),
-            second: p.second.as_ref().map(|t| Self::strip(t, i, j, deep(t))),
-            sink,
-            i,
-            j,
-            rows,
-            width: (p.n - j).min(C * TILE),
-            _session: session,
-        });
-    }
-
     /// Panics unless every element that the product will touch lies inside its operand.
     fn check(p: &Product<'_, bf16>) {
         if p.m == 0 || p.n == 0 {
@@ -339,19 +374,6 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
         sink: &mut S,
     ) {
         Self::check(p);
-        for j in (0..p.n).step_by(PANEL) {
-            let wide = p.n - j > TILE;
-            // In the lower triangle, rows above the panel's first column are not wanted.
-            let mut i = if p.lower { j.min(p.m.next_multiple_of(PANEL)) } else { 0 };
-            while i < p.m {
-                match (p.m - i > TILE, wide) {
-                    (true, true) => Self::piece::<B, S, 2, 2>(b, session, p, [i, j], sink),
-                    (true, false) => Self::piece::<B, S, 2, 1>(b, session, p, [i, j], sink),
-                    (false, true) => Self::piece::<B, S, 1, 2>(b, session, p, [i, j], sink),
-                    (false, false) => Self::piece::<B, S, 1, 1>(b, session, p, [i, j], sink),
-                }
-                i += 2 * TILE;
-            }
-        }
+        b.call(Walk::<S, PARTS> { p, sink, _session: session });
     }
 }
