@@ -174,7 +174,14 @@ pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let weights = config.layers * per_layer + vocab * config.embed_dim;
     let bytes = model.decode_bytes() as f64;
     let mut memory = vec![1.0f32; 128 << 20];
-    let read = median(timing::measure(args, rt, || rt.run(Loop(&mut memory, false))));
+    let share = memory.len().div_ceil(args.threads.max(1));
+    let read = median(timing::measure(args, rt, || {
+        std::thread::scope(|scope| {
+            for part in memory.chunks_mut(share) {
+                scope.spawn(|| rt.run(Loop(part, false)));
+            }
+        });
+    }));
     let (rate, limit) =
         (bytes / median(times.clone()) / 1e9, 4.0 * memory.len() as f64 / read / 1e9);
     let mut extra = serde_json::Map::new();
