@@ -8,6 +8,7 @@
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use linattn::layers::WeightFormat;
 use linattn::models::{
     Generate, Sampler, SamplerConfig, TransNormerConfig, TransNormerLlm, TransNormerState,
 };
@@ -31,6 +32,9 @@ struct Args {
     /// `random-1b` are random weights of that size.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// How the weights are kept in memory: f32, bf16, int8. Fewer bytes decode faster.
+    #[arg(long, default_value_t)]
+    weights: WeightFormat,
     /// What to continue; `-` reads standard input.
     #[arg(long)]
     prompt: Option<String>,
@@ -91,21 +95,26 @@ fn run(args: &Args) -> Result<()> {
     }
     let rt = builder.build()?;
     let start = Instant::now();
-    let model = load(args.model.as_deref())?;
-    eprintln!("loaded in {:.2} s", start.elapsed().as_secs_f64());
+    let model = load(args.model.as_deref(), args.weights)?;
+    let mib = model.weight_bytes() as f64 / f64::from(1 << 20);
+    let (format, seconds) = (model.weight_format(), start.elapsed().as_secs_f64());
+    eprintln!("loaded in {seconds:.2} s: {mib:.0} MiB of {format} weights");
     match &args.score {
         Some(file) => score(&rt, &model, file),
         None => generate(args, &rt, &model),
     }
 }
 
-fn load(path: Option<&Path>) -> Result<TransNormerLlm> {
+fn load(path: Option<&Path>, format: WeightFormat) -> Result<TransNormerLlm> {
     let shipped = || Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/rustdoc");
-    let random = |config| Ok(TransNormerLlm::random(config, 0)?);
+    let random = |config| Ok(TransNormerLlm::random_with(config, 0, format)?);
     match path.and_then(Path::to_str) {
         Some("random-385m") => random(TransNormerConfig::m385()),
         Some("random-1b") => random(TransNormerConfig::b1()),
-        _ => Ok(TransNormerLlm::load(path.map_or_else(shipped, Path::to_path_buf))?),
+        _ => {
+            let path = path.map_or_else(shipped, Path::to_path_buf);
+            Ok(TransNormerLlm::load_with(path, format)?)
+        }
     }
 }
 

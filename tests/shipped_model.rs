@@ -2,6 +2,7 @@
 #![cfg(feature = "io")]
 
 use linattn::io::Checkpoint;
+use linattn::layers::WeightFormat;
 use linattn::models::{Generate, Sampler, TransNormerLlm};
 use linattn::{Isa, Runtime};
 use std::path::PathBuf;
@@ -32,13 +33,25 @@ fn continues_as_promised() {
     }
 }
 
+/// Bits per byte of the first 4,096 bytes of the held-out text; all of it is what `examples/generate.rs --score`
+/// reads.
+const WANT: f64 = 1.569_227;
+
 #[test]
 fn scores_as_promised() {
-    // The first 4,096 bytes of the held-out text; all of it is what `examples/generate.rs --score` reads.
-    const WANT: f64 = 1.569_227;
+    scores(WeightFormat::F32, 1e-3);
+}
+
+#[test]
+fn scores_in_fewer_bytes() {
+    scores(WeightFormat::Bf16, 5e-3);
+    scores(WeightFormat::Int8, 2e-2);
+}
+
+fn scores(format: WeightFormat, tolerance: f64) {
     let text = std::fs::read(folder().join("heldout.txt")).expect("a text");
     let tokens: Vec<u32> = text[..4096].iter().map(|b| u32::from(*b)).collect();
-    let model = TransNormerLlm::load(folder()).expect("a model");
+    let model = TransNormerLlm::load_with(folder(), format).expect("a model");
     for rt in runtimes() {
         let mut state = model.new_state(1).expect("a state");
         let mut logits = vec![0.0; 4095 * 256];
@@ -48,6 +61,7 @@ fn scores_as_promised() {
             sum.log2() - f64::from(row[*t as usize]) * std::f64::consts::LOG2_E
         });
         let bits = bits.sum::<f64>() / 4095.0;
-        assert!((bits - WANT).abs() < 1e-3, "{bits} bits per byte, {rt:?}");
+        println!("{format}: {bits:.6} bits per byte on {}", rt.kernel());
+        assert!((bits - WANT).abs() < tolerance, "{format}: {bits} bits per byte, {rt:?}");
     }
 }

@@ -169,9 +169,9 @@ pub fn silence(args: &Args, rt: &Runtime) -> Result<Outcome> {
 /// Decoding with a whole model; its weights are read once per token.
 pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let model = match args.config.as_str() {
-        "385m" => TransNormerLlm::random(TransNormerConfig::m385(), args.seed)?,
-        "1b" => TransNormerLlm::random(TransNormerConfig::b1(), args.seed)?,
-        path => TransNormerLlm::load(path)?,
+        "385m" => TransNormerLlm::random_with(TransNormerConfig::m385(), args.seed, args.weights)?,
+        "1b" => TransNormerLlm::random_with(TransNormerConfig::b1(), args.seed, args.weights)?,
+        path => TransNormerLlm::load_with(path, args.weights)?,
     };
     let (vocab, config) = (model.config().vocab_size, model.config());
     let mut state = model.new_state(args.batch)?;
@@ -185,14 +185,24 @@ pub fn generate_decode(args: &Args, rt: &Runtime) -> Result<Outcome> {
     let per_layer =
         5 * config.embed_dim * config.hidden_dim + 3 * config.embed_dim * config.glu_dim;
     let weights = config.layers * per_layer + vocab * config.embed_dim;
-    let bytes = 4.0 * weights as f64;
+    let bytes = model.decode_bytes() as f64;
     let mut memory = vec![1.0f32; 128 << 20];
-    let read = median(timing::measure(args, rt, || rt.run(Loop(&mut memory, false))));
+    let share = memory.len().div_ceil(args.threads.max(1));
+    let read = median(timing::measure(args, rt, || {
+        std::thread::scope(|scope| {
+            for part in memory.chunks_mut(share) {
+                scope.spawn(|| rt.run(Loop(part, false)));
+            }
+        });
+    }));
     let (rate, limit) =
         (bytes / median(times.clone()) / 1e9, 4.0 * memory.len() as f64 / read / 1e9);
     let mut extra = serde_json::Map::new();
     extra.insert("config".into(), args.config.clone().into());
     extra.insert("tokens_per_s".into(), (args.batch as f64 / median(times.clone())).into());
+    extra.insert("weights".into(), args.weights.name().into());
+    extra.insert("weight_bytes".into(), model.decode_bytes().into());
+    extra.insert("share_of_read".into(), (rate / limit).into());
     extra.insert("weight_gbytes_per_s".into(), rate.into());
     extra.insert("read_gbytes_per_s".into(), limit.into());
     let flops = 2.0 * (args.batch * weights) as f64;

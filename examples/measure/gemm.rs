@@ -7,7 +7,7 @@ use linattn::kernels::gemm::{
 };
 use linattn::kernels::store::Store;
 use linattn::scratch::Cut;
-use linattn::simd::{Backend, Left, Order, Right, Source, Task, Tiles};
+use linattn::simd::{Backend, Left, Order, Source, Task, Tiles};
 use linattn::tensor::{Rng, Tensor};
 
 struct Time<'a>(&'a Args, &'a Runtime);

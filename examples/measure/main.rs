@@ -11,6 +11,7 @@ mod gemm;
 mod timing;
 
 use clap::{Parser, ValueEnum};
+use linattn::layers::WeightFormat;
 use linattn::{Isa, Precision, Runtime};
 use serde_json::{Map, Value, json};
 
@@ -91,6 +92,9 @@ struct Args {
     /// Model of generate_decode: 385m, 1b, or a checkpoint.
     #[arg(long, default_value = "385m")]
     config: String,
+    /// How generate_decode keeps the weights: f32, bf16, int8.
+    #[arg(long, default_value_t)]
+    weights: WeightFormat,
     /// The right side of a product was packed beforehand.
     #[arg(long)]
     packed: bool,

@@ -13,6 +13,7 @@ pub mod feature_map;
 pub mod gemm;
 pub mod linear;
 pub mod norm;
+pub mod packed;
 pub mod recurrence;
 pub mod rotary;
 pub mod rows;

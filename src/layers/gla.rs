@@ -119,6 +119,12 @@ impl GatedLinearAttention {
         &self.config
     }
 
+    /// Memory of the packed weights, in bytes.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.qkvu_proj.bytes() + self.out_proj.bytes()
+    }
+
     /// A state that has seen nothing: `[batch, heads, hd, hd]`, or `[batch, heads, 2 hd, hd]` with LRPE.
     ///
     /// # Errors

@@ -1,24 +1,24 @@
 //! Affine maps with weights packed at load.
 
+use super::weights::{Panels, WeightFormat, Weights};
 use crate::error::{Error, Result, expect_shape};
 use crate::kernels::gemm::{Gemm, gemm, gemm_bytes, rows};
+use crate::kernels::packed::{Bf16, Coding, Int8, PLAIN, Packed, Widen, packed, packed_bytes};
 use crate::kernels::store::{Keep, Store};
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::convert::Generic;
-use crate::simd::{Backend, Kernel, PANEL, Right, Task, Tiles, right_len};
+use crate::simd::{Backend, PANEL, Task, Tiles};
 use crate::tensor::{Element, Tensor, View, ViewMut};
+use core::marker::PhantomData;
 
 const OP: &str = "linear";
-/// Up to this many rows a product reads its weights as they are: to bring them into another engine's form takes
-/// longer than to multiply by them.
-const FEW: usize = 32;
 
 /// `y = x W^T + bias`, with `W` packed once into panels that every instruction set reads.
 ///
 /// A call with up to 16 rows streams the weights exactly once, which is what decoding costs; longer ones run
 /// at the speed of blocked matrix products. Columns are divided between threads, and the result does not
-/// depend on how. `2 rows * inputs * outputs` flops, `4 inputs * outputs` bytes of weights.
+/// depend on how. `2 rows * inputs * outputs` flops; `4 inputs * outputs` bytes of weights, or half and a bit
+/// more than a quarter of that in another [`WeightFormat`]. Sums are in `f32` always.
 ///
 /// ```
 /// use linattn::{Runtime, layers::Linear, tensor::{View, ViewMut}};
@@ -32,19 +32,31 @@ const FEW: usize = 32;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Linear {
-    panels: Tensor<1>,
+    weights: Weights,
     bias: Option<Tensor<1>>,
     inputs: usize,
     outputs: usize,
 }
 
 impl Linear {
-    /// From a weight `[outputs, inputs]` of `f32`, `bf16` or `f16` and a bias `[outputs]`.
+    /// From a weight `[outputs, inputs]` of `f32`, `bf16` or `f16` and a bias `[outputs]`, stored as `f32`.
     ///
     /// # Errors
     /// [`Error::Value`] if there are no inputs or outputs, [`Error::Shape`] for a bias of another length,
     /// [`Error::Alloc`] if memory cannot be had.
     pub fn new<E: Element>(weight: View<'_, E, 2>, bias: Option<&[f32]>) -> Result<Self> {
+        Self::with_format(weight, bias, WeightFormat::F32)
+    }
+
+    /// As [`new`](Self::new), with the weight stored in another format; the bias stays `f32`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and [`Error::Value`] for a weight that is not finite as [`WeightFormat::Int8`].
+    pub fn with_format<E: Element>(
+        weight: View<'_, E, 2>,
+        bias: Option<&[f32]>,
+        format: WeightFormat,
+    ) -> Result<Self> {
         let [outputs, inputs] = weight.shape();
         if outputs == 0 || inputs == 0 {
             let got = alloc::format!("{outputs} x {inputs}");
@@ -53,22 +65,9 @@ impl Linear {
         if let Some(b) = bias {
             expect_shape(OP, "bias", "[outputs]", [outputs], [b.len()])?;
         }
-        let wide = outputs.div_ceil(PANEL);
-        let step = inputs.checked_mul(PANEL);
-        let len = step.and_then(|s| s.checked_mul(wide));
-        let len = len.ok_or_else(|| Error::value(OP, "weight", "of addressable size", outputs))?;
-        let mut panels = Tensor::zeros([len])?;
-        let mut row = Tensor::<1>::zeros([inputs])?;
-        for j in 0..outputs {
-            let panel = &mut panels.as_mut_slice()[j / PANEL * PANEL * inputs..];
-            E::widen(Generic, weight.row([j, 0]), row.as_mut_slice());
-            let lane = panel[j % PANEL..].iter_mut().step_by(PANEL);
-            for (dst, src) in lane.zip(row.as_slice()) {
-                *dst = *src;
-            }
-        }
+        let weights = Weights::new(OP, weight, format)?;
         let bias = bias.map(|b| Tensor::from_slice(b, [outputs])).transpose()?;
-        Ok(Self { panels, bias, inputs, outputs })
+        Ok(Self { weights, bias, inputs, outputs })
     }
 
     /// Width of the input.
@@ -83,22 +82,23 @@ impl Linear {
         self.outputs
     }
 
-    /// Memory of the packed weights and the bias.
+    /// How the weight is stored.
     #[must_use]
-    pub fn bytes(&self) -> usize {
-        let bias = self.bias.as_ref().map_or(0, |b| b.as_slice().len());
-        size_of::<f32>() * (self.panels.as_slice().len() + bias)
+    pub fn format(&self) -> WeightFormat {
+        self.weights.format()
     }
 
-    /// Copies row `j` of the weight (`[inputs]`) into `out`: an embedding lookup when the weight is tied.
-    /// Panics if `j` is not below the number of outputs.
+    /// Memory of the packed weights, scales included, and the bias.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes() + self.bias.as_ref().map_or(0, |b| size_of_val(b.as_slice()))
+    }
+
+    /// Copies row `j` of the weight (`[inputs]`) as it is stored into `out`: an embedding lookup when the weight
+    /// is tied. Panics if `j` is not below the number of outputs.
     pub fn weight_row(&self, j: usize, out: &mut [f32]) {
         assert!(j < self.outputs, "row {j} of {}", self.outputs);
-        let at = j / PANEL * PANEL * self.inputs + j % PANEL;
-        let lane = self.panels.as_slice()[at..].iter().step_by(PANEL);
-        for (dst, src) in out[..self.inputs].iter_mut().zip(lane) {
-            *dst = *src;
-        }
+        self.weights.column(j, &mut out[..self.inputs]);
     }
 
     /// `out = x W^T + bias`; `x`: `[rows, inputs]`, `out`: `[rows, outputs]`. No allocation after warm-up.
@@ -137,7 +137,8 @@ impl Linear {
     /// Scratch bytes that a call with `rows` rows takes from the runtime.
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        rt.threads() * bytes_of::<u8>(rt.run(Ask([rows, self.inputs, self.outputs])))
+        let sizes = [rows, self.inputs, self.outputs];
+        rt.threads() * bytes_of::<u8>(rt.run(Ask(self.weights.format(), sizes)))
     }
 
     fn check(&self, x: View<'_, f32, 2>, out: &ViewMut<'_, f32, 2>) -> Result<()> {
@@ -170,33 +171,38 @@ impl Linear {
     ) {
         let job = Columns {
             x,
-            panels: self.panels.as_slice(),
+            panels: self.weights.panels(),
             bias: self.bias.as_ref().map(Tensor::as_slice),
             out,
             keep,
         };
-        rt.run(Product { rt, job, scratch });
+        rt.run(Product { rt, job, scratch, format: self.weights.format() });
     }
 }
 
 /// Scratch of one part of a product `[m, k, n]`.
-struct Ask([usize; 3]);
+struct Ask(WeightFormat, [usize; 3]);
 
 impl Task for Ask {
     type Output = usize;
     fn run<B: Backend>(self, _: B) -> usize {
-        let [m, k, n] = self.0;
         fn ask<T: Tiles>(m: usize, k: usize, n: usize) -> usize {
             gemm_bytes::<T>(m, k) + bytes_of::<T::Elem>(T::view_len(k, n))
         }
-        if m <= FEW { ask::<B::F>(m, k, n) } else { ask::<B::T>(m, k, n) }
+        let sizes @ [m, k, n] = self.1;
+        match self.0 {
+            WeightFormat::F32 if m <= PLAIN => ask::<B::F>(m, k, n),
+            WeightFormat::F32 => ask::<B::F>(PLAIN, k, n).max(ask::<B::T>(m, k, n)),
+            WeightFormat::Bf16 => packed_bytes::<B, Bf16>(sizes),
+            WeightFormat::Int8 => packed_bytes::<B, Int8>(sizes),
+        }
     }
 }
 
 /// Some columns of the output.
 struct Columns<'a> {
     x: View<'a, f32, 2>,
-    panels: &'a [f32],
+    panels: Panels<'a>,
     bias: Option<&'a [f32]>,
     out: ViewMut<'a, f32, 2>,
     keep: Keep<'static>,
@@ -213,7 +219,7 @@ impl Divide for Columns<'_> {
     fn split(self, mid: usize) -> (Self, Self) {
         let Columns { x, panels, bias, out, keep } = self;
         let border = mid * PANEL;
-        let (near, far) = panels.split_at(right_len(x.shape()[1], border));
+        let (near, far) = panels.split_at(x.shape()[1], border);
         let (bias_near, bias_far) = bias.map(|b| b.split_at(border)).unzip();
         let (out_near, out_far) = out.split_at(1, border);
         let part = |panels, bias, out| Columns { x, panels, bias, out, keep };
@@ -221,47 +227,43 @@ impl Divide for Columns<'_> {
     }
 }
 
-/// Panels of `f32` as the engine's own.
-struct Widen<'a, T: Tiles> {
-    tiles: T,
-    panels: &'a [f32],
-    k: usize,
-    n: usize,
-    buffer: &'a mut [T::Elem],
-}
-
-impl<'a, B: Backend, T: Tiles<L = B::L>> Kernel<B> for Widen<'a, T> {
-    type Output = Right<'a, T::Elem>;
-    #[inline(always)]
-    fn run(self, b: B) -> Self::Output {
-        self.tiles.view_right(b, self.panels, self.k, self.n, self.buffer)
-    }
-}
-
-/// Some columns by one engine.
-fn columns<B: Backend, T: Tiles<L = B::L>>(b: B, tiles: T, job: Columns<'_>, mut cut: Cut<'_>) {
-    let ([m, k], [_, n]) = (job.x.shape(), job.out.shape());
-    let buffer = cut.take(T::view_len(k, n));
-    let right = b.call(Widen { tiles, panels: job.panels, k, n, buffer });
-    let store = Store { keep: job.keep, bias: job.bias, ..Store::new(job.out) };
-    gemm(b, tiles, Gemm { m, k, n, left: rows(job.x), right, store }, &mut cut);
-}
-
 struct Product<'r, 'a, 's> {
     rt: &'r Runtime,
     job: Columns<'a>,
     scratch: Cut<'s>,
+    format: WeightFormat,
 }
 
 impl Task for Product<'_, '_, '_> {
     type Output = ();
     fn run<B: Backend>(self, b: B) {
         let ([m, k], [_, n]) = (self.job.x.shape(), self.job.out.shape());
-        let bytes = Ask([m, k, n]).run(b);
-        let work = |job: Columns<'_>, cut: Cut<'_>| match m <= FEW {
-            true => columns(b, b.plain(), job, cut),
-            false => columns(b, b.tiles(), job, cut),
+        let bytes = Ask(self.format, [m, k, n]).run(b);
+        let work = |job: Columns<'_>, mut cut: Cut<'_>| match job.panels {
+            Panels::F32(panels) if m <= PLAIN => plain(b, b.plain(), job, panels, &mut cut),
+            Panels::F32(panels) => plain(b, b.tiles(), job, panels, &mut cut),
+            Panels::Bf16(words) => coded::<B, Bf16>(b, job, words, &mut cut),
+            Panels::Int8(words) => coded::<B, Int8>(b, job, words, &mut cut),
         };
         self.rt.divide_in(self.job, self.scratch, bytes, &work);
     }
+}
+
+fn plain<B: Backend, T: Tiles<L = B::L>>(
+    b: B,
+    tiles: T,
+    job: Columns<'_>,
+    panels: &[f32],
+    cut: &mut Cut<'_>,
+) {
+    let ([m, k], [_, n]) = (job.x.shape(), job.out.shape());
+    let buffer = cut.take(T::view_len(k, n));
+    let right = b.call(Widen { tiles, panels, k, n, buffer });
+    let store = Store { keep: job.keep, bias: job.bias, ..Store::new(job.out) };
+    gemm(b, tiles, Gemm { m, k, n, left: rows(job.x), right, store }, cut);
+}
+
+fn coded<B: Backend, C: Coding>(b: B, job: Columns<'_>, words: &[u32], cut: &mut Cut<'_>) {
+    let Columns { x: left, bias, out, keep, .. } = job;
+    packed(b, Packed::<C> { left, words, coding: PhantomData, out, keep, bias }, cut);
 }

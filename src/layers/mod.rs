@@ -8,6 +8,7 @@ mod rotary;
 mod rows;
 mod sglu;
 mod transnormer_block;
+mod weights;
 
 pub use crate::kernels::activation::Activation;
 pub use gla::{GatedLinearAttention, GlaConfig};
@@ -17,3 +18,4 @@ pub use norm::Norm;
 pub use rotary::{Lrpe, Positions, Rope, RopeStyle};
 pub use sglu::{Sglu, SgluConfig};
 pub use transnormer_block::TransNormerBlock;
+pub use weights::WeightFormat;

@@ -66,6 +66,12 @@ impl Sglu {
         &self.config
     }
 
+    /// Memory of the packed weights, in bytes.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.l1.bytes() + self.l2.bytes() + self.l3.bytes()
+    }
+
     /// `x`, `out`: `[rows, embed]`. No allocation after warm-up.
     ///
     /// # Errors
@@ -92,7 +98,8 @@ impl Sglu {
     }
 
     fn linear_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        (self.l1.scratch_bytes(rt, rows)).max(self.l3.scratch_bytes(rt, rows))
+        let maps = [&self.l1, &self.l2, &self.l3].map(|l| l.scratch_bytes(rt, rows));
+        maps.into_iter().max().unwrap_or(0)
     }
 
     /// A checked call with [`scratch_bytes`](Self::scratch_bytes) of memory; nothing can fail.

@@ -52,6 +52,12 @@ impl TransNormerBlock {
         Ok(Self { token_mixer, channel_mixer, norm: Norm::simple_rms(norm_eps)? })
     }
 
+    /// Memory of the packed weights, in bytes.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.token_mixer.weight_bytes() + self.channel_mixer.weight_bytes()
+    }
+
     /// A state that has seen nothing, as [`GatedLinearAttention::new_state`] makes it.
     ///
     /// # Errors

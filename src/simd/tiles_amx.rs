@@ -340,7 +340,12 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
                 pack::rows::<E, PARTS>(Rows { data: src.data, stride: s }, weights, [m, k], planes);
             },
             Order::Columns(s) => unsafe {
-                pack::transposed::<E, PARTS>(Rows { data: src.data, stride: s }, weights, [m, k], planes);
+                pack::transposed::<E, PARTS>(
+                    Rows { data: src.data, stride: s },
+                    weights,
+                    [m, k],
+                    planes,
+                );
             },
         }
         Left { data, order: Order::Rows(stride), plane }

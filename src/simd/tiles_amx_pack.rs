@@ -143,7 +143,8 @@ fn parts<const PARTS: usize>(x0: __m512, x1: __m512) -> [__m512i; PARTS] {
     let mut all = [hi; PARTS];
     if PARTS == 2 {
         let low = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(hi)));
-        let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(hi)));
+        let high =
+            _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(hi)));
         all[1] = round(rest(x0, low), rest(x1, high));
     }
     all
@@ -171,8 +172,8 @@ fn rest(x: __m512, bits: __m512i) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw")]
 fn turns(x: __m512i) -> __m512i {
     let order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-        18, 2, 17, 1, 16, 0,
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0,
     );
     _mm512_permutexvar_epi16(order, x)
 }
@@ -218,7 +219,11 @@ fn transpose(x: [__m512i; N]) -> [__m512i; N] {
 
 /// A panel of 32 columns with interleaved row pairs from `k` rows of `width` columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn pairs<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usize; 2], dst: Planes<'_>) {
+pub fn pairs<E: Storage, const PARTS: usize>(
+    src: Rows<'_, E>,
+    [k, width]: [usize; 2],
+    dst: Planes<'_>,
+) {
     let whole = if width == 2 * N { k / 2 * 2 } else { 0 };
     let (one, two) = dst.data.split_at_mut(if PARTS == 2 { dst.plane } else { dst.data.len() });
     for p in (0..whole).step_by(2) {
@@ -257,7 +262,11 @@ pub fn pairs<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usiz
 
 /// A panel as [`pairs`] makes it from up to 32 columns of `k` elements, each a row of `src`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn columns<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [usize; 2], dst: Planes<'_>) {
+pub fn columns<E: Storage, const PARTS: usize>(
+    src: Rows<'_, E>,
+    [k, width]: [usize; 2],
+    dst: Planes<'_>,
+) {
     for half in 0..2 {
         for p in (0..k).step_by(2 * N) {
             let mut x = [[_mm512_setzero_si512(); N]; PARTS];
@@ -272,7 +281,10 @@ pub fn columns<E: Storage, const PARTS: usize>(src: Rows<'_, E>, [k, width]: [us
             for part in 0..PARTS {
                 let x = transpose(x[part]);
                 for r in 0..N {
-                    store(&mut dst.data[part * dst.plane + (p + 2 * r) * 2 * N + half * 2 * N..], x[r]);
+                    store(
+                        &mut dst.data[part * dst.plane + (p + 2 * r) * 2 * N + half * 2 * N..],
+                        x[r],
+                    );
                 }
             }
         }
@@ -294,7 +306,8 @@ pub fn rows<E: Storage, const PARTS: usize>(
                 None => src.row::<PARTS>(i, p, k),
                 Some(data) => {
                     let w = Rows { data, stride: 0 };
-                    let [x, y] = [p, p + N].map(|p| _mm512_mul_ps(src.load(i, p, k), w.load(0, p, k)));
+                    let [x, y] =
+                        [p, p + N].map(|p| _mm512_mul_ps(src.load(i, p, k), w.load(0, p, k)));
                     parts(x, y)
                 }
             };

@@ -439,7 +439,11 @@ fn pack_columns<B: Backend, E: Storage>(
                     let column = |c: usize| {
                         let mut x = [0.0; MAX_LANES];
                         if j + c < n {
-                            E::widen(b.convert(), &src[(j + c) * stride + p..][..depth], &mut x[..depth]);
+                            E::widen(
+                                b.convert(),
+                                &src[(j + c) * stride + p..][..depth],
+                                &mut x[..depth],
+                            );
                         }
                         l.load(&x)
                     };

@@ -13,6 +13,7 @@ mod view_mut;
 pub use element::{DType, Element};
 pub use layout::Layout;
 pub use owned::Tensor;
+pub(crate) use owned::Words;
 pub use rng::Rng;
 pub use view::View;
 pub use view_mut::ViewMut;

@@ -61,6 +61,27 @@ impl<const N: usize, T: Element> Tensor<N, T> {
     }
 }
 
+/// Words of 32 bits from a 64-byte boundary on: numbers in a storage of their own.
+#[derive(Clone, Debug)]
+pub(crate) struct Words(AVec<u32, ConstAlign<64>>);
+
+impl Words {
+    /// All zeros. [`Error::Alloc`] if the memory cannot be had.
+    pub(crate) fn zeros(len: usize) -> Result<Self> {
+        let mut data = aligned(checked_len([len])?)?;
+        data.resize(len, 0);
+        Ok(Self(data))
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u32] {
+        &self.0
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u32] {
+        &mut self.0
+    }
+}
+
 fn checked_len<const N: usize>(shape: [usize; N]) -> Result<usize> {
     let len = Layout::contiguous(shape)?.len();
     if len > isize::MAX as usize / 8 {

@@ -71,7 +71,8 @@ impl LightningAttention {
         if let Some(bad) = slopes.iter().find(|s| s.is_nan() || **s < 0.0) {
             return Err(Error::value("lightning attention", "slopes", "0 or positive", bad));
         }
-        let tables = slopes.iter().map(|s| DecayTable::new(s.abs(), chunk.unwrap_or(CHUNK))).collect();
+        let tables =
+            slopes.iter().map(|s| DecayTable::new(s.abs(), chunk.unwrap_or(CHUNK))).collect();
         Ok(Self { tables, chunk, scale: 1.0 })
     }
 

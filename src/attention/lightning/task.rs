@@ -7,11 +7,11 @@
 use super::LightningAttention;
 use crate::error::Result;
 use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
-use crate::kernels::decay::DecayTable;
+use crate::kernels::decay::{DecayTable, Forget};
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, PANEL, Task, Tiles};
+use crate::simd::{Backend, Kernel, PANEL, Task, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Sequences up to this length go token by token: bringing the state into panels and back costs as much as
@@ -128,29 +128,46 @@ impl<E: Element> Divide for Job<'_, E> {
     }
 }
 
+/// One token of one head: converted, advanced and converted back in one kernel.
+struct Token<'a, E> {
+    rows: [&'a [E]; 3],
+    buffers: [&'a mut [f32]; 4],
+    state: &'a mut [f32],
+    forget: Forget,
+    scale: f32,
+    out: &'a mut [E],
+}
+
+impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let Token { rows: [q, k, v], buffers: [qf, kf, vf, out], state, forget, scale, .. } = self;
+        E::widen(b.convert(), q, qf);
+        E::widen(b.convert(), k, kf);
+        E::widen(b.convert(), v, vf);
+        let stride = vf.len();
+        Step { state, stride, forget, q: qf, k: kf, v: vf, out: &mut *out, scale }.run(b);
+        E::narrow(b.convert(), out, self.out);
+    }
+}
+
 /// All tokens of all heads of a job, one after the other.
 fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
     let ([batch, len, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
-    let (qf, kf) = (scratch.take::<f32>(dk), scratch.take::<f32>(dk));
-    let (vf, yf) = (scratch.take::<f32>(dv), scratch.take::<f32>(dv));
+    let mut buffers = [dk, dk, dv, dv].map(|n| scratch.take::<f32>(n));
     for n in 0..batch {
         for h in 0..heads {
             for t in 0..len {
                 let at = [n, t, h, 0];
-                E::widen(b.convert(), job.q.row(at), qf);
-                E::widen(b.convert(), job.k.row(at), kf);
-                E::widen(b.convert(), job.v.row(at), vf);
-                b.call(Step {
+                b.call(Token {
+                    rows: [job.q, job.k, job.v].map(|x| x.row(at)),
+                    buffers: buffers.each_mut().map(|x| &mut **x),
                     state: job.state.matrix_mut(n, h),
-                    stride: dv,
                     forget: job.tables[h].forget(1),
-                    q: qf,
-                    k: kf,
-                    v: vf,
-                    out: &mut *yf,
                     scale: job.scale,
+                    out: job.out.row_mut(at),
                 });
-                E::narrow(b.convert(), yf, job.out.row_mut(at));
             }
         }
     }
@@ -247,7 +264,17 @@ pub(super) fn run<E: Element>(
     let by_batch = heads < rt.threads() && heads < batch;
     rt.run(Forward {
         rt,
-        job: Job { q, k, v, out, state, tables: &op.tables, chunk: op.chunk, scale: op.scale, by_batch },
+        job: Job {
+            q,
+            k,
+            v,
+            out,
+            state,
+            tables: &op.tables,
+            chunk: op.chunk,
+            scale: op.scale,
+            by_batch,
+        },
     })
 }
 

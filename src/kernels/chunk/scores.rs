@@ -52,7 +52,8 @@ impl<B: Backend, E: Element> Kernel<B> for Scores<'_, '_, B, E> {
     fn run(self, b: B) {
         let Scores { head, at, rows: m, work, scores, stride, ahead } = self;
         let (t, dk) = (b.tiles(), head.q.shape()[1]);
-        let ((q, qs), (k, ks)) = (head.q.slice(0, at, at + m).parts(), head.k.slice(0, at, at + m).parts());
+        let ((q, qs), (k, ks)) =
+            (head.q.slice(0, at, at + m).parts(), head.k.slice(0, at, at + m).parts());
         t.pack_right(b, Source::Columns(k, ks), dk, m, work.keys);
         let left = t.pack_left(b, Left::new(q, Order::Rows(qs)), None, m, dk, work.left_q);
         let product = Product {

@@ -9,10 +9,10 @@ pub use state::TransNormerState;
 
 use crate::error::{Error, Result, expect_shape};
 use crate::io::TensorSource;
-use crate::layers::{Linear, Norm, TransNormerBlock};
+use crate::layers::{Linear, Norm, TransNormerBlock, WeightFormat};
 use crate::runtime::Runtime;
 use crate::scratch::bytes_of;
-use crate::tensor::{Tensor, View, ViewMut};
+use crate::tensor::{View, ViewMut};
 use alloc::vec::Vec;
 
 const OP: &str = "transnormer llm";
@@ -50,7 +50,7 @@ pub struct TransNormerLlm {
     config: TransNormerConfig,
     hash: u64,
     /// None if the head serves as embedding.
-    embed: Option<Tensor<2>>,
+    embed: Option<Linear>,
     blocks: Vec<TransNormerBlock>,
     norm: Norm,
     head: Linear,
@@ -72,9 +72,18 @@ impl TransNormerLlm {
     /// [`Error::Io`], [`Error::Config`] and [`Error::Checkpoint`] say which file, key or tensor was refused.
     #[cfg(feature = "io")]
     pub fn load(path: impl AsRef<std::path::Path>) -> Result<Self> {
+        Self::load_with(path, WeightFormat::F32)
+    }
+
+    /// As [`load`](Self::load), with the weights stored in another format.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    #[cfg(feature = "io")]
+    pub fn load_with(path: impl AsRef<std::path::Path>, format: WeightFormat) -> Result<Self> {
         let checkpoint = crate::io::Checkpoint::open(path)?;
         let config = TransNormerConfig::from_json(checkpoint.config()?)?;
-        Self::from_tensors(config, &checkpoint)
+        Self::from_tensors_with(config, &checkpoint, format)
     }
 
     /// From tensors under their published names: `model.embed_tokens.weight`,
@@ -86,14 +95,30 @@ impl TransNormerLlm {
     /// [`Error::Config`] for an impossible configuration, [`Error::Checkpoint`] for a tensor that is missing or
     /// does not fit, [`Error::Alloc`] if memory cannot be had.
     pub fn from_tensors(config: TransNormerConfig, tensors: &impl TensorSource) -> Result<Self> {
+        Self::from_tensors_with(config, tensors, WeightFormat::F32)
+    }
+
+    /// As [`from_tensors`](Self::from_tensors), with the weights of all projections, of the embedding and of the
+    /// head stored in another format. Biases, angles and slopes stay as they are. Saved states do not depend on
+    /// the format.
+    ///
+    /// # Errors
+    /// As [`from_tensors`](Self::from_tensors); [`Error::Checkpoint`] also for a weight that the format cannot
+    /// hold.
+    pub fn from_tensors_with(
+        config: TransNormerConfig,
+        tensors: &impl TensorSource,
+        format: WeightFormat,
+    ) -> Result<Self> {
         config.check()?;
         let shape = [config.vocab_size, config.embed_dim];
-        let embed = tensors.tensor("model.embed_tokens.weight", shape)?;
+        let maps = weights::Maps { tensors, bias: config.bias, format };
+        let embed = maps.plain("model.embed_tokens", shape)?;
         let (embed, head) = match config.tie_word_embeddings {
-            true => (None, Linear::new(embed.view(), None)?),
-            false => (Some(embed), weights::linear(tensors, "lm_head", shape, false)?),
+            true => (None, embed),
+            false => (Some(embed), maps.plain("lm_head", shape)?),
         };
-        let blocks = (0..config.layers).map(|l| weights::block(&config, tensors, l));
+        let blocks = (0..config.layers).map(|l| weights::block(&config, &maps, l));
         Ok(Self {
             hash: config.hash(),
             blocks: blocks.collect::<Result<_>>()?,
@@ -109,14 +134,41 @@ impl TransNormerLlm {
     /// # Errors
     /// [`Error::Config`] for an impossible configuration, [`Error::Alloc`] if memory cannot be had.
     pub fn random(config: TransNormerConfig, seed: u64) -> Result<Self> {
+        Self::random_with(config, seed, WeightFormat::F32)
+    }
+
+    /// As [`random`](Self::random): the same weights, stored in another format.
+    ///
+    /// # Errors
+    /// As [`random`](Self::random).
+    pub fn random_with(config: TransNormerConfig, seed: u64, format: WeightFormat) -> Result<Self> {
         let hidden = config.hidden_dim;
-        Self::from_tensors(config, &weights::Random { seed, hidden })
+        Self::from_tensors_with(config, &weights::Random { seed, hidden }, format)
     }
 
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &TransNormerConfig {
         &self.config
+    }
+
+    /// How the weights are stored.
+    #[must_use]
+    pub fn weight_format(&self) -> WeightFormat {
+        self.head.format()
+    }
+
+    /// Memory of all packed weights, in bytes.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        let embed = self.embed.as_ref().map_or(0, Linear::bytes);
+        embed + self.decode_bytes()
+    }
+
+    /// Memory of the weights that a decoded token reads in whole: all but an embedding that is not the head.
+    #[must_use]
+    pub fn decode_bytes(&self) -> usize {
+        self.head.bytes() + self.blocks.iter().map(TransNormerBlock::weight_bytes).sum::<usize>()
     }
 
     /// A state that has read nothing, for `batch` sequences that advance together.
@@ -274,10 +326,7 @@ impl TransNormerLlm {
         let step = stream.len() / width / sequences;
         for (i, row) in stream.chunks_exact_mut(width).enumerate() {
             let token = tokens[i / step * len + from + i % step] as usize;
-            match &self.embed {
-                Some(embed) => row.copy_from_slice(embed.view().row([token, 0])),
-                None => self.head.weight_row(token, row),
-            }
+            self.embed.as_ref().unwrap_or(&self.head).weight_row(token, row);
             if !self.config.no_scale_embedding {
                 let scale = libm::sqrt(width as f64) as f32;
                 row.iter_mut().for_each(|x| *x *= scale);

@@ -4,39 +4,58 @@ use super::TransNormerConfig;
 use crate::error::{Error, Result};
 use crate::io::TensorSource;
 use crate::layers::{
-    GatedLinearAttention, GlaConfig, Linear, Lrpe, Sglu, SgluConfig, TransNormerBlock,
+    GatedLinearAttention, GlaConfig, Linear, Lrpe, Sglu, SgluConfig, TransNormerBlock, WeightFormat,
 };
 use crate::tensor::{Rng, Tensor};
 use alloc::string::String;
 
-/// A projection `[outputs, inputs]` with its bias, if the configuration has any.
-pub(super) fn linear(
-    tensors: &impl TensorSource,
-    name: &str,
-    shape: [usize; 2],
-    bias: bool,
-) -> Result<Linear> {
-    let weight = tensors.tensor(&alloc::format!("{name}.weight"), shape)?;
-    let bias = match bias {
-        true => Some(tensors.tensor(&alloc::format!("{name}.bias"), [shape[0]])?),
-        false => None,
-    };
-    Linear::new(weight.view(), bias.as_ref().map(Tensor::as_slice))
+/// Makes linear maps of named tensors.
+pub(super) struct Maps<'a, T> {
+    pub tensors: &'a T,
+    /// Projections have biases.
+    pub bias: bool,
+    pub format: WeightFormat,
+}
+
+impl<T: TensorSource> Maps<'_, T> {
+    /// A weight `[outputs, inputs]` without bias.
+    pub fn plain(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        self.linear(name, shape, None)
+    }
+
+    /// A projection `[outputs, inputs]` with its bias, if the configuration has any.
+    pub fn projection(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        let bias = match self.bias {
+            true => Some(self.tensors.tensor(&alloc::format!("{name}.bias"), [shape[0]])?),
+            false => None,
+        };
+        self.linear(name, shape, bias)
+    }
+
+    fn linear(&self, name: &str, shape: [usize; 2], bias: Option<Tensor<1>>) -> Result<Linear> {
+        let name = alloc::format!("{name}.weight");
+        let weight = self.tensors.tensor(&name, shape)?;
+        let bias = bias.as_ref().map(Tensor::as_slice);
+        Linear::with_format(weight.view(), bias, self.format).map_err(|e| match e {
+            Error::Value { expected, got, .. } => Error::Checkpoint { tensor: name, expected, got },
+            e => e,
+        })
+    }
 }
 
 /// Block `layer` under its published names.
 pub(super) fn block(
     c: &TransNormerConfig,
-    tensors: &impl TensorSource,
+    maps: &Maps<'_, impl TensorSource>,
     layer: usize,
 ) -> Result<TransNormerBlock> {
     let (embed, hidden, glu) = (c.embed_dim, c.hidden_dim, c.glu_dim);
     let name = |part: &str| -> String { alloc::format!("model.layers.{layer}.{part}") };
-    let projection = |part: &str, shape: [usize; 2]| linear(tensors, &name(part), shape, c.bias);
+    let projection = |part: &str, shape: [usize; 2]| maps.projection(&name(part), shape);
     let lrpe = match c.lrpe[layer] {
         true => {
             let (name, hd) = (name("token_mixer.lrpe.theta"), hidden / c.heads);
-            let theta = tensors.tensor(&name, [c.heads, 1, hd])?;
+            let theta = maps.tensors.tensor(&name, [c.heads, 1, hd])?;
             let theta = Lrpe::new(theta.view().merge_rows()?).map_err(|e| Error::Checkpoint {
                 tensor: name,
                 expected: "finite angles".into(),
