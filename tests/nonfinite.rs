@@ -82,6 +82,8 @@ fn check(op: Op) {
         [1, 250, 3, 48, 64],
         [2, 250, 2, 64, 40],
         [3, 200, 1, 64, 70],
+        // More than two segments of keys.
+        [1, 2021, 1, 32, 40],
     ];
     for (seed, dims) in (200..).zip(shapes) {
         let [b, n, h, dk, dv] = dims;
