@@ -177,7 +177,7 @@ fn nothing_beyond_the_end_is_touched() {
                 assert!(outside.clone().all(|x| x.to_bits() == 0x4b4b_4b4b), "{what}: widen");
 
                 let source = x[start..end].to_vec();
-                let mut narrow = vec![E::of(0x4b4b); ROOM];
+                let mut narrow = [E::of(0x4b4b); ROOM];
                 rt.run(Narrow(&source, &mut narrow[start..end]));
                 let mut want = vec![E::of(0); len];
                 E::narrow(Generic, &source, &mut want);
