@@ -292,14 +292,15 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
         for j in (0..n).step_by(PANEL) {
             let dst = Planes { data: &mut dst[j / PANEL * step..][..step], plane };
             let size = [k, PANEL.min(n - j)];
-            // SAFETY: a value of `Amx` proves the instructions.
             match src.columns(j) {
-                Source::Rows(data, stride) => unsafe {
-                    pack::pairs::<E, PARTS>(Rows { data, stride }, size, dst);
-                },
-                Source::Columns(data, stride) => unsafe {
-                    pack::columns::<E, PARTS>(Rows { data, stride }, size, dst);
-                },
+                Source::Rows(data, stride) => {
+                    // SAFETY: a value of `Amx` proves the instructions.
+                    unsafe { pack::pairs::<E, PARTS>(Rows { data, stride }, size, dst) }
+                }
+                Source::Columns(data, stride) => {
+                    // SAFETY: as above.
+                    unsafe { pack::columns::<E, PARTS>(Rows { data, stride }, size, dst) }
+                }
             }
         }
     }
@@ -334,19 +335,18 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
         let plane = m.next_multiple_of(TILE) * stride;
         let data = &mut dst[..PARTS * plane];
         let planes = Planes { data: &mut *data, plane };
-        // SAFETY: a value of `Amx` proves the instructions.
+        let (data_in, size) = (src.data, [m, k]);
         match src.order {
-            Order::Rows(s) => unsafe {
-                pack::rows::<E, PARTS>(Rows { data: src.data, stride: s }, weights, [m, k], planes);
-            },
-            Order::Columns(s) => unsafe {
-                pack::transposed::<E, PARTS>(
-                    Rows { data: src.data, stride: s },
-                    weights,
-                    [m, k],
-                    planes,
-                );
-            },
+            Order::Rows(s) => {
+                let rows = Rows { data: data_in, stride: s };
+                // SAFETY: a value of `Amx` proves the instructions.
+                unsafe { pack::rows::<E, PARTS>(rows, weights, size, planes) }
+            }
+            Order::Columns(s) => {
+                let rows = Rows { data: data_in, stride: s };
+                // SAFETY: as above.
+                unsafe { pack::transposed::<E, PARTS>(rows, weights, size, planes) }
+            }
         }
         Left { data, order: Order::Rows(stride), plane }
     }
