@@ -10,13 +10,17 @@ use half::bf16;
 /// Rows `stride` apart.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
+    /// The elements.
     pub data: &'a [E],
+    /// Elements from one row to the next.
     pub stride: usize,
 }
 
 /// A packed operand, its second parts `plane` behind the first.
 pub struct Planes<'a> {
+    /// The elements.
     pub data: &'a mut [bf16],
+    /// Elements from one part to the next.
     pub plane: usize,
 }
 
