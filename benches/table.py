@@ -96,6 +96,17 @@ if wanted("ort") and peers:
         for n in (2048, 8192):
             others = {"op": lambda: peer("ort_lightning.py", "op", dim=dim, n=n)}
             compare(f"{dim}, {n}", {"bthd": lambda: ours("lightning", dim=dim, n=n)}, others, "ns_per_token")
+if wanted("engines"):
+    columns = ["D", "f32", "Bf16x3", "Bf16, bf16 tensors"] + (["best peer in bf16", "ratio f32", "ratio Bf16x3", "ratio Bf16"] if peers else [])
+    header("Lightning Attention by engine, 8 heads, N = 8192, one thread: ns per token", *columns)
+    for dim in (64, 128):
+        kinds = {"f32": ("f32", "f32"), "bf16x3": ("f32", "bf16x3"), "bf16": ("bf16", "bf16")}
+        mine = {k: (lambda d=d, p=p: ours("lightning", dim=dim, n=8192, dtype=d, precision=p)) for k, (d, p) in kinds.items()}
+        others = {}
+        if peers:
+            for w, b in (("loop", 64), ("loop", 128), ("vec", 64)):
+                others[f"torch {w} {b}"] = lambda w=w, b=b: peer("torch_lightning.py", w, dim=dim, n=8192, block=b, dtype="bf16")
+        compare(f"{dim}", mine, others, "ns_per_token")
 if wanted("threads"):
     header("Lightning Attention on two threads, N = 16384: speed-up", "D, heads", "1 thread, ns per token", "2 threads", "speed-up")
     for dim in (64, 128):
