@@ -10,13 +10,17 @@ use half::bf16;
 /// Rows `stride` apart.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
+    /// The elements.
     pub data: &'a [E],
+    /// Elements from one row to the next.
     pub stride: usize,
 }
 
 /// A packed operand, its second parts `plane` behind the first.
 pub struct Planes<'a> {
+    /// The elements.
     pub data: &'a mut [bf16],
+    /// Elements from one part to the next.
     pub plane: usize,
 }
 
@@ -150,10 +154,23 @@ fn parts<const PARTS: usize>(x0: __m512, x1: __m512) -> [__m512i; PARTS] {
     all
 }
 
-/// Two vectors rounded, the first in the lower half.
+/// Two vectors rounded, the first in the lower half. What is finite stays finite: an infinity that was none would meet
+/// zeros of the other operand.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
 fn round(x0: __m512, x1: __m512) -> __m512i {
+    let most = _mm512_set1_ps(f32::from_bits(0x7f7f_0000));
+    let large = |x: __m512| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_abs_ps(x), most);
+    let (mut x0, mut x1) = (x0, x1);
+    if large(x0) | large(x1) != 0 {
+        let infinity = _mm512_set1_ps(f32::INFINITY);
+        let capped = |x: __m512| {
+            let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(x), infinity);
+            let least = _mm512_xor_ps(most, _mm512_set1_ps(-0.0));
+            _mm512_mask_max_ps(x, finite, _mm512_min_ps(x, most), least)
+        };
+        (x0, x1) = (capped(x0), capped(x1));
+    }
     // SAFETY: both types are 64 plain bytes.
     unsafe { core::mem::transmute(_mm512_cvtne2ps_pbh(x1, x0)) }
 }

@@ -32,8 +32,9 @@ pub(super) struct Work<'a, B: Backend> {
     pub values: &'a mut [Elem<B>],
     pub left_q: &'a mut [ScoreElem<B>],
     pub left_p: &'a mut [Elem<B>],
-    pub score_session: <B::S as Tiles>::Session,
+    // Dropped in this order: the later session goes first.
     pub session: <B::T as Tiles>::Session,
+    pub score_session: <B::S as Tiles>::Session,
 }
 
 impl Shape {
