@@ -292,7 +292,7 @@ fn engines_keep_their_bounds() {
     }
     assert!(faults.is_empty(), "seed {SEED}:\n{faults}");
     let write = std::env::var_os("LINATTN_WRITE_DOCS").is_some_and(|x| x == "1");
-    let whole = Isa::Amx.available() && all.iter().any(|e| e.isa == Isa::Portable);
+    let whole = [Isa::Portable, Isa::Amx].iter().all(|isa| all.iter().any(|e| e.isa == *isa));
     assert!(whole || !write, "the table is of a machine with every engine");
     if whole {
         documented(&table, write);

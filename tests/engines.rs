@@ -8,6 +8,7 @@ use lightning::Problem;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
 use linattn::attention::softmax::SoftmaxAttention;
 use linattn::attention::{Mask, Scale};
+use linattn::layers::Linear;
 use linattn::tensor::{Rng, View, ViewMut};
 use linattn::{Error, Isa, Precision, Runtime};
 use support::{Engine, engines, isas, normal, rel_err, same_bits, widen};
@@ -96,6 +97,32 @@ fn a_matrix_unit_alone_changes_nothing() {
     for precision in &PRECISIONS[1..] {
         let rt = permitting(Isa::Amx, *precision);
         assert_eq!((rt.isa(), rt.kernel()), (Isa::Amx, kernel(Isa::Amx, *precision)));
+    }
+}
+
+#[test]
+fn layers_multiply_few_rows_in_f32() {
+    println!("seed 8");
+    let ((inputs, outputs), mut rng) = ((96, 80), Rng::new(8));
+    let (w, x) = (normal(&mut rng, inputs * outputs), normal(&mut rng, 33 * inputs));
+    let layer = Linear::new(View::new(&w, [outputs, inputs]).expect("a weight"), None);
+    let layer = layer.expect("a layer");
+    let run = |rt: &Runtime, rows: usize| {
+        let mut out = vec![f32::NAN; rows * outputs];
+        let x = View::new(&x[..rows * inputs], [rows, inputs]).expect("rows");
+        let to = ViewMut::new(&mut out, [rows, outputs]).expect("rows");
+        layer.forward(rt, x, to).expect("a good call");
+        out
+    };
+    for engine in engines() {
+        let (rt, vectors) = (engine.runtime(), engine.isa.min(Isa::Avx512));
+        let plain = permitting(vectors, Precision::F32);
+        for rows in [1, 16, 17, 32] {
+            let what = format!("{rows} rows on {engine:?}");
+            same_bits(&run(&rt, rows), &run(&plain, rows), &what);
+        }
+        let rounds = run(&rt, 33) != run(&plain, 33);
+        assert_eq!(rounds, engine.precision != Precision::F32, "33 rows on {engine:?}");
     }
 }
 
@@ -333,10 +360,10 @@ fn what_is_not_finite_stays_visible_and_contained() {
 
 #[test]
 fn the_largest_number_does_not_reach_back() {
-    // Finite, but nearer to what bf16 has as infinity than to its largest number.
     let mut p = problem(7);
     let (heads, dv, t, h, c) = (p.heads(), p.dv, 150, 1, 40);
     let clean = p.clone();
+    // Finite, but nearer to what bf16 has as infinity than to its largest number.
     p.v[(t * heads + h) * dv + c] = f32::MAX;
     for engine in engines() {
         let rt = engine.runtime();
