@@ -123,12 +123,6 @@ impl DecayTable {
         }
     }
 
-    /// The largest number of rows.
-    #[must_use]
-    pub fn most(&self) -> usize {
-        self.most
-    }
-
     /// `lambda^(r+1)`, the weight of the incoming state in row `r`.
     #[must_use]
     pub fn query(&self, rows: usize) -> &[f32] {
@@ -155,7 +149,7 @@ impl DecayTable {
         (at + rows) / self.period != at / self.period
     }
 
-    /// What `rows` steps forget; between 1 and [`most`](Self::most) of them.
+    /// What `rows` steps forget; between 1 and the `most` of [`new`](Self::new).
     #[must_use]
     pub fn forget(&self, rows: usize) -> Forget {
         self.forget[rows - 1]

@@ -158,19 +158,3 @@ impl<B: Backend> Kernel<B> for Combine<'_> {
         add_columns(b.lanes(), self.part, [1, self.part.len()], self.total);
     }
 }
-
-/// Asks for the cache lines of rows `at .. at + rows`, as many of them as there are.
-#[inline(always)]
-pub fn prefetch<L: Lanes, E: Element>(l: L, src: View<'_, E, 2>, [at, rows]: [usize; 2]) {
-    const LINE: usize = 64;
-    let [n, width] = src.shape();
-    if width == 0 {
-        return;
-    }
-    for r in at..n.min(at + rows) {
-        let row = src.row([r, 0]);
-        for x in (0..width).step_by(LINE / size_of::<E>()) {
-            l.prefetch(row[x..].as_ptr() as usize);
-        }
-    }
-}

@@ -175,9 +175,7 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     const MR: usize;
     /// Columns of a full tile; divides [`PANEL`].
     const NR: usize;
-    /// Steps of the shared dimension that packed operands are padded to.
-    const STEP: usize;
-    /// Steps of the shared dimension that are best kept together, a multiple of [`STEP`](Self::STEP).
+    /// Steps of the shared dimension that are best kept together, whole ones of the engine.
     const DEPTH: usize;
     /// Rows of a chunk at which the quadratic part of a chunked recurrence costs about as much as its passes over
     /// the state.

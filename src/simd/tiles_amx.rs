@@ -261,7 +261,6 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
     type Session = Session;
     const MR: usize = 2 * TILE;
     const NR: usize = PANEL;
-    const STEP: usize = STEP;
     const DEPTH: usize = 512;
     const CHUNK: usize = 64;
     const NAME: &'static str = if PARTS == 1 { "bf16" } else { "bf16x3" };

@@ -266,7 +266,6 @@ pub fn pairs<E: Storage, const PARTS: usize>(
             }
         }
     }
-    let dst = Planes { data: dst.data, plane: dst.plane };
     for p in (whole..k.next_multiple_of(2 * N)).step_by(2) {
         for half in 0..2 {
             let x = src.pair::<PARTS>(p, k, half * N, width, None);

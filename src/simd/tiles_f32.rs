@@ -252,7 +252,6 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     type Session = ();
     const MR: usize = MR;
     const NR: usize = V * L::N;
-    const STEP: usize = 1;
     const DEPTH: usize = 1024;
     const CHUNK: usize = 32;
     const NAME: &'static str = "f32";

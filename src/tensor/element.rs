@@ -1,6 +1,5 @@
 //! Element types of tensors.
 
-use super::view_mut::ViewMut;
 use crate::simd::Storage;
 use crate::simd::convert::Generic;
 use half::{bf16, f16};
@@ -42,9 +41,6 @@ pub trait Element: sealed::Sealed + Storage {
     /// Its name.
     const DTYPE: DType;
 
-    /// The view itself if the elements are `f32`.
-    fn as_f32_view<const N: usize>(v: ViewMut<'_, Self, N>) -> Option<ViewMut<'_, f32, N>>;
-
     /// One value, exact.
     #[must_use]
     fn to_f32(self) -> f32 {
@@ -63,24 +59,12 @@ pub trait Element: sealed::Sealed + Storage {
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
-    #[inline(always)]
-    fn as_f32_view<const N: usize>(v: ViewMut<'_, f32, N>) -> Option<ViewMut<'_, f32, N>> {
-        Some(v)
-    }
 }
 
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
-    #[inline(always)]
-    fn as_f32_view<const N: usize>(_: ViewMut<'_, bf16, N>) -> Option<ViewMut<'_, f32, N>> {
-        None
-    }
 }
 
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
-    #[inline(always)]
-    fn as_f32_view<const N: usize>(_: ViewMut<'_, f16, N>) -> Option<ViewMut<'_, f32, N>> {
-        None
-    }
 }

@@ -89,7 +89,7 @@ impl LinearShape {
         let Self { dk, dv } = *self;
         let rows = BLOCK.max(CHUNK);
         (
-            [rows * self.q_stride(), rows * dk, rows * dv, rows * dv, rows, rows, CHUNK * SCORES],
+            [rows * self.q_stride(), rows * dk, CHUNK * dv, dv, rows, rows, CHUNK * SCORES],
             [
                 B::T::right_len(dk, CHUNK),
                 B::T::right_len(rows, dv),
