@@ -8,9 +8,11 @@
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use linattn::attention::StreamState;
 use linattn::layers::WeightFormat;
 use linattn::models::{
-    Generate, Sampler, SamplerConfig, TransNormerConfig, TransNormerLlm, TransNormerState,
+    Architecture, Decoder, DecoderState, Generate, Sampler, SamplerConfig, TransNormerConfig,
+    TransNormerLlm,
 };
 use linattn::{Isa, Runtime};
 use std::error::Error;
@@ -96,12 +98,22 @@ fn run(args: &Args) -> Result<()> {
     let rt = builder.build()?;
     let start = Instant::now();
     let model = load(args.model.as_deref(), args.weights)?;
+    run_model(args, &rt, &model, start)
+}
+
+/// Generates or scores, whatever kind of model it is.
+fn run_model<C: Architecture>(
+    args: &Args,
+    rt: &Runtime,
+    model: &Decoder<C>,
+    start: Instant,
+) -> Result<()> {
     let mib = model.weight_bytes() as f64 / f64::from(1 << 20);
     let (format, seconds) = (model.weight_format(), start.elapsed().as_secs_f64());
     eprintln!("loaded in {seconds:.2} s: {mib:.0} MiB of {format} weights");
     match &args.score {
-        Some(file) => score(&rt, &model, file),
-        None => generate(args, &rt, &model),
+        Some(file) => score(rt, model, file),
+        None => generate(args, rt, model),
     }
 }
 
@@ -118,8 +130,8 @@ fn load(path: Option<&Path>, format: WeightFormat) -> Result<TransNormerLlm> {
     }
 }
 
-fn generate(args: &Args, rt: &Runtime, model: &TransNormerLlm) -> Result<()> {
-    let codec = Codec::new(args, model)?;
+fn generate<C: Architecture>(args: &Args, rt: &Runtime, model: &Decoder<C>) -> Result<()> {
+    let codec = Codec::new(args, model.vocab_size())?;
     let prompt = codec.encode(&text(args)?)?;
     let sampler = Sampler::new(SamplerConfig {
         temperature: args.temperature,
@@ -132,7 +144,7 @@ fn generate(args: &Args, rt: &Runtime, model: &TransNormerLlm) -> Result<()> {
         let file = File::open(path).map_err(|e| format!("{}: {e}", path.display()))?;
         state.restore(BufReader::new(file))?;
     }
-    let (Some((last, before)), vocab) = (prompt.split_last(), model.config().vocab_size) else {
+    let (Some((last, before)), vocab) = (prompt.split_last(), model.vocab_size()) else {
         return Err("nothing to continue: give a --prompt".into());
     };
 
@@ -169,7 +181,7 @@ fn generate(args: &Args, rt: &Runtime, model: &TransNormerLlm) -> Result<()> {
     Ok(())
 }
 
-fn save(state: &TransNormerState, path: &Path) -> Result<()> {
+fn save(state: &DecoderState<impl StreamState>, path: &Path) -> Result<()> {
     let file = File::create(path).map_err(|e| format!("{}: {e}", path.display()))?;
     let mut file = BufWriter::new(file);
     state.save(&mut file)?;
@@ -179,8 +191,8 @@ fn save(state: &TransNormerState, path: &Path) -> Result<()> {
 
 /// Bits per byte of a text that the model reads as one stream from an empty state. The first byte is context
 /// only; the mean over the others of `-log2 p(byte | all before it)`, summed in `f64`.
-fn score(rt: &Runtime, model: &TransNormerLlm, path: &Path) -> Result<()> {
-    let vocab = model.config().vocab_size;
+fn score<C: Architecture>(rt: &Runtime, model: &Decoder<C>, path: &Path) -> Result<()> {
+    let vocab = model.vocab_size();
     if vocab != 256 {
         return Err(format!("scores are for models of 256 bytes, not {vocab} tokens").into());
     }
@@ -248,7 +260,7 @@ enum Codec {
 }
 
 impl Codec {
-    fn new(args: &Args, model: &TransNormerLlm) -> Result<Self> {
+    fn new(args: &Args, vocab: usize) -> Result<Self> {
         if args.ids {
             return Ok(Self::Ids);
         }
@@ -262,7 +274,7 @@ impl Codec {
             }
             #[cfg(not(feature = "tokenizers"))]
             Some(_) => Err("--tokenizer needs `--features tokenizers`".into()),
-            None if model.config().vocab_size == 256 => Ok(Self::Bytes),
+            None if vocab == 256 => Ok(Self::Bytes),
             None => Err("this model has no bytes for tokens: give --tokenizer or --ids".into()),
         }
     }

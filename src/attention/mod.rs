@@ -12,4 +12,4 @@ mod state;
 
 pub use mask::Mask;
 pub use scale::Scale;
-pub use state::State;
+pub use state::{State, StreamState};

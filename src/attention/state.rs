@@ -2,6 +2,49 @@
 
 use crate::error::{Error, Result};
 use crate::tensor::{Tensor, View, ViewMut};
+use core::fmt::Debug;
+
+/// What a stream of tokens leaves behind in one layer, whatever the mechanism: a value that can be cloned, counted,
+/// written out and read back.
+pub trait StreamState: Clone + Debug + Send + Sync {
+    /// Tokens seen.
+    fn len(&self) -> usize;
+
+    /// Whether no token was seen.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Memory of the contents, in bytes.
+    fn bytes(&self) -> usize;
+
+    /// Forgets everything.
+    fn reset(&mut self);
+
+    /// Makes room for `tokens` more, so that reading them takes no memory.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the count would overflow, [`Error::Alloc`] if memory cannot be had; nothing is lost then.
+    fn reserve(&mut self, tokens: usize) -> Result<()>;
+
+    /// A state of the same form that has seen `len` tokens, with contents still to be filled in.
+    ///
+    /// # Errors
+    /// [`Error::Alloc`] if memory cannot be had.
+    fn blank(&self, len: usize) -> Result<Self>;
+
+    /// Shows all contents, piece by piece, in an order and of sizes that form and length alone decide.
+    ///
+    /// # Errors
+    /// That of `see`, at once.
+    fn contents(&self, see: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>;
+
+    /// As [`contents`](Self::contents), to be filled in.
+    ///
+    /// # Errors
+    /// That of `fill`, at once.
+    fn contents_mut(&mut self, fill: &mut dyn FnMut(&mut [f32]) -> Result<()>) -> Result<()>;
+}
 
 /// The memory of a linear recurrence: one `[dk, dv]` matrix of `f32` per batch row and head, and the number of
 /// tokens it has seen. Its size does not depend on that number.
@@ -58,16 +101,6 @@ impl State {
         self.kv.view()
     }
 
-    #[cfg(feature = "std")]
-    pub(crate) fn as_slice(&self) -> &[f32] {
-        self.kv.as_slice()
-    }
-
-    #[cfg(feature = "std")]
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        self.kv.as_mut_slice()
-    }
-
     pub(crate) fn view_mut(&mut self) -> ViewMut<'_, f32, 4> {
         self.kv.view_mut()
     }
@@ -86,5 +119,29 @@ impl State {
 
     pub(crate) fn advance(&mut self, n: usize) {
         self.len += n;
+    }
+}
+
+impl StreamState for State {
+    fn len(&self) -> usize {
+        self.len
+    }
+    fn bytes(&self) -> usize {
+        self.bytes()
+    }
+    fn reset(&mut self) {
+        self.reset();
+    }
+    fn reserve(&mut self, tokens: usize) -> Result<()> {
+        self.room("state", tokens)
+    }
+    fn blank(&self, len: usize) -> Result<Self> {
+        Ok(Self { kv: Tensor::zeros(self.kv.shape())?, len })
+    }
+    fn contents(&self, see: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        see(self.kv.as_slice())
+    }
+    fn contents_mut(&mut self, fill: &mut dyn FnMut(&mut [f32]) -> Result<()>) -> Result<()> {
+        fill(self.kv.as_mut_slice())
     }
 }

@@ -1,5 +1,6 @@
 //! Layers: configuration, weights packed once, forward, state.
 
+mod block;
 mod gla;
 mod linear;
 mod minimax_lightning;
@@ -11,6 +12,7 @@ mod transnormer_block;
 mod weights;
 
 pub use crate::kernels::activation::Activation;
+pub use block::Block;
 pub use gla::{GatedLinearAttention, GlaConfig};
 pub use linear::Linear;
 pub use minimax_lightning::{MiniMaxConfig, MiniMaxLightning};

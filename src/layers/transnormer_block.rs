@@ -1,7 +1,7 @@
 //! One block of TransNormerLLM.
 
 use super::gla::{Call, matrix, table};
-use super::{GatedLinearAttention, Norm, Sglu};
+use super::{Block, GatedLinearAttention, Norm, Sglu, block};
 use crate::attention::State;
 use crate::error::{Result, expect_shape};
 use crate::kernels::store::Keep;
@@ -77,42 +77,39 @@ impl TransNormerBlock {
         let [batch, len, _] = x.shape();
         let expected = [batch, len, self.token_mixer.config().embed_dim];
         expect_shape(OP, "x", "[batch, len, embed]", expected, x.shape())?;
-        let (need, x) = (self.scratch_bytes(rt, batch * len), x.merge_rows()?);
-        rt.with_scratch(need, |mut cut| {
-            // The stream is copied to and fro because a view of it cannot be read and written at once.
-            let [n, width] = x.shape();
-            let stream = cut.take::<f32>(n * width);
-            let mut x = x;
-            for i in 0..n {
-                stream[i * width..][..width].copy_from_slice(x.row_mut([i, 0]));
-            }
-            self.run(rt, stream, batch, state, cut)?;
-            for i in 0..n {
-                x.row_mut([i, 0]).copy_from_slice(&stream[i * width..][..width]);
-            }
-            Ok(())
-        })?
+        block::forward(self, rt, x, state)
     }
 
     /// Scratch bytes that a call with `rows = batch * len` tokens takes from the runtime, besides those of the
     /// attention.
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        let width = self.token_mixer.config().embed_dim;
-        bytes_of::<f32>(rows * width) + self.run_bytes(rt, rows)
+        block::forward_bytes(self, rt, rows)
+    }
+}
+
+impl Block for TransNormerBlock {
+    type State = State;
+
+    fn width(&self) -> usize {
+        self.token_mixer.config().embed_dim
     }
 
-    /// Scratch bytes of [`run`](Self::run).
-    pub(crate) fn run_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        let width = self.token_mixer.config().embed_dim;
+    fn weight_bytes(&self) -> usize {
+        self.weight_bytes()
+    }
+
+    fn new_state(&self, batch: usize) -> Result<State> {
+        self.new_state(batch)
+    }
+
+    fn run_bytes(&self, rt: &Runtime, rows: usize) -> usize {
         let mixers = (self.token_mixer.scratch_bytes(rt, rows))
             .max(self.channel_mixer.scratch_bytes(rt, rows));
-        bytes_of::<f32>(rows * width) + bytes_of::<u8>(mixers)
+        bytes_of::<f32>(rows * self.width()) + bytes_of::<u8>(mixers)
     }
 
-    /// A call on a contiguous stream with [`run_bytes`](Self::run_bytes) of memory. Only the attention itself
-    /// can fail, before anything is changed.
-    pub(crate) fn run(
+    fn run(
         &self,
         rt: &Runtime,
         stream: &mut [f32],
@@ -120,7 +117,7 @@ impl TransNormerBlock {
         state: &mut State,
         mut cut: Cut<'_>,
     ) -> Result<()> {
-        let width = self.token_mixer.config().embed_dim;
+        let width = self.width();
         let n = stream.len() / width;
         if n == 0 {
             return Ok(());

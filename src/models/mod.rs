@@ -1,7 +1,10 @@
 //! Whole models: layers stacked, weights by their published names, states, and the choice of tokens.
 
+mod config;
+pub mod decoder;
 pub mod sampling;
 pub mod transnormer_llm;
 
+pub use decoder::{Architecture, Decoder, DecoderState};
 pub use sampling::{Generate, Sampler, SamplerConfig};
 pub use transnormer_llm::{TransNormerConfig, TransNormerLlm, TransNormerState};

@@ -1,7 +1,8 @@
 //! From logits to tokens, and tokens as they come.
 
-use super::{TransNormerLlm, TransNormerState};
+use super::decoder::{Architecture, Decoder, DecoderState};
 use crate::error::{Error, Result};
+use crate::layers::Block;
 use crate::runtime::Runtime;
 use crate::tensor::Rng;
 use alloc::vec::Vec;
@@ -130,33 +131,33 @@ impl Sampler {
 /// A token that was handed out is read into the state when the next one is asked for, or by
 /// [`finish`](Self::finish).
 #[derive(Debug)]
-pub struct Generate<'a> {
-    model: &'a TransNormerLlm,
+pub struct Generate<'a, C: Architecture> {
+    model: &'a Decoder<C>,
     rt: &'a Runtime,
-    state: &'a mut TransNormerState,
+    state: &'a mut DecoderState<<C::Block as Block>::State>,
     sampler: Sampler,
     logits: Vec<f32>,
     pending: Option<u32>,
     failed: bool,
 }
 
-impl<'a> Generate<'a> {
+impl<'a, C: Architecture> Generate<'a, C> {
     /// Reads `prompt` into `state` (which may have read something before) and is ready to go on.
     ///
     /// # Errors
     /// [`Error::Value`] for a state of more than one sequence or an empty prompt, and those of
-    /// [`TransNormerLlm::prefill`].
+    /// [`Decoder::prefill`].
     pub fn new(
-        model: &'a TransNormerLlm,
+        model: &'a Decoder<C>,
         rt: &'a Runtime,
-        state: &'a mut TransNormerState,
+        state: &'a mut DecoderState<<C::Block as Block>::State>,
         sampler: Sampler,
         prompt: &[u32],
     ) -> Result<Self> {
         if state.batch() != 1 {
             return Err(Error::value("generate", "batch", "1", state.batch()));
         }
-        let mut logits = alloc::vec![0.0; model.config().vocab_size];
+        let mut logits = alloc::vec![0.0; model.vocab_size()];
         model.prefill(rt, prompt, state, &mut logits)?;
         Ok(Self { model, rt, state, sampler, logits, pending: None, failed: false })
     }
@@ -170,7 +171,7 @@ impl<'a> Generate<'a> {
     /// Reads the last token into the state, which then has seen everything that was handed out.
     ///
     /// # Errors
-    /// Those of [`TransNormerLlm::decode_step`].
+    /// Those of [`Decoder::decode_step`].
     pub fn finish(mut self) -> Result<()> {
         self.read()
     }
@@ -183,7 +184,7 @@ impl<'a> Generate<'a> {
     }
 }
 
-impl Iterator for Generate<'_> {
+impl<C: Architecture> Iterator for Generate<'_, C> {
     type Item = Result<u32>;
 
     fn next(&mut self) -> Option<Result<u32>> {

@@ -1,6 +1,6 @@
 //! What linear attention remembers.
 
-use crate::attention::State;
+use crate::attention::{State, StreamState};
 use crate::error::{Result, expect_shape};
 use crate::tensor::{Tensor, View, ViewMut};
 
@@ -85,5 +85,31 @@ impl LinearState {
     /// `S`, and `z` as `[batch, heads, 1, dk]`.
     pub(super) fn views_mut(&mut self) -> (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>) {
         (self.kv.view_mut(), self.z.view_mut())
+    }
+}
+
+impl StreamState for LinearState {
+    fn len(&self) -> usize {
+        self.kv.len()
+    }
+    fn bytes(&self) -> usize {
+        self.bytes()
+    }
+    fn reset(&mut self) {
+        self.reset();
+    }
+    fn reserve(&mut self, tokens: usize) -> Result<()> {
+        self.kv.reserve(tokens)
+    }
+    fn blank(&self, len: usize) -> Result<Self> {
+        Ok(Self { kv: self.kv.blank(len)?, z: Tensor::zeros(self.z.shape())? })
+    }
+    fn contents(&self, see: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        self.kv.contents(see)?;
+        see(self.z.as_slice())
+    }
+    fn contents_mut(&mut self, fill: &mut dyn FnMut(&mut [f32]) -> Result<()>) -> Result<()> {
+        self.kv.contents_mut(fill)?;
+        fill(self.z.as_mut_slice())
     }
 }

@@ -1,9 +1,11 @@
 //! Configurations.
 
 use crate::attention::lightning::SlopeSchedule;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layers::Activation;
-use alloc::string::ToString;
+#[cfg(feature = "io")]
+use crate::models::config::Json;
+use crate::models::config::{check_sizes, refuse};
 use alloc::vec::Vec;
 
 /// More layers than any published model, few enough that a hostile file cannot ask for much.
@@ -98,29 +100,8 @@ impl TransNormerConfig {
     /// [`Error::Config`] for a key that is missing, malformed, or asks for something unknown.
     #[cfg(feature = "io")]
     pub fn from_json(text: &str) -> Result<Self> {
-        use serde_json::Value;
-        let json: Value = serde_json::from_str(text)
-            .map_err(|e| refuse("config", "a JSON object", e))
-            .and_then(|v: Value| match v.is_object() {
-                true => Ok(v),
-                false => Err(refuse("config", "a JSON object", v)),
-            })?;
-        let size = |key: &str| match json.get(key).map(Value::as_u64) {
-            Some(Some(n)) if n <= 1 << 32 => Ok(n as usize),
-            Some(_) => Err(refuse(key, "a size", &json[key])),
-            None => Err(refuse(key, "a size", "nothing")),
-        };
-        let flag = |key: &str, default| match json.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(v) => v.as_bool().ok_or_else(|| refuse(key, "true or false", v)),
-        };
-        let name = |key: &str| match json.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(v) => match v.as_str() {
-                Some(s) => Ok(Some(s)),
-                None => Err(refuse(key, "a name", v)),
-            },
-        };
+        let json = Json::parse(text)?;
+        let (size, name) = (|key| json.size(key), |key| json.name(key));
         if let Some(norm) = name("norm_type")?
             && norm != "simplermsnorm"
         {
@@ -138,23 +119,19 @@ impl TransNormerConfig {
         };
         config.act = Activation::parse(act.unwrap_or("swish"));
         config.glu_act = Activation::parse(name("glu_act")?.unwrap_or("none"));
-        config.no_scale_embedding = flag("no_scale_embedding", false)?;
-        config.bias = flag("bias", false)?;
-        config.tie_word_embeddings = flag("tie_word_embeddings", true)?;
-        let all = |x: &Value| x.as_u64().filter(|x| *x <= 1).map(|x| x == 1);
-        match json.get("linear_use_lrpe_list") {
-            None | Some(Value::Null) => {
-                if !flag("use_lrpe", true)? {
+        config.no_scale_embedding = json.flag("no_scale_embedding", false)?;
+        config.bias = json.flag("bias", false)?;
+        config.tie_word_embeddings = json.flag("tie_word_embeddings", true)?;
+        match json.flags("linear_use_lrpe_list")? {
+            None => {
+                if !json.flag("use_lrpe", true)? {
                     config.lrpe.fill(false);
                 }
             }
-            Some(list) => {
-                let flags =
-                    list.as_array().and_then(|l| l.iter().map(all).collect::<Option<Vec<bool>>>());
-                config.lrpe = flags
-                    .ok_or_else(|| refuse("linear_use_lrpe_list", "a list of 0 and 1", list))?;
+            Some(mut flags) => {
                 // The original code uses as many entries as there are layers.
-                config.lrpe.truncate(layers);
+                flags.truncate(layers);
+                config.lrpe = flags;
             }
         }
         config.check()?;
@@ -171,11 +148,7 @@ impl TransNormerConfig {
             ("hidden_dim", self.hidden_dim, 1 << 24),
             ("glu_dim", self.glu_dim, 1 << 24),
         ];
-        for (key, n, most) in sizes {
-            if n == 0 || n > most {
-                return Err(refuse(key, alloc::format!("a size from 1 to {most}"), n));
-            }
-        }
+        check_sizes(&sizes)?;
         if !self.hidden_dim.is_multiple_of(self.heads) {
             let expected = alloc::format!("a divisor of hidden_dim = {}", self.hidden_dim);
             return Err(refuse("decoder_attention_heads", expected, self.heads));
@@ -189,34 +162,4 @@ impl TransNormerConfig {
         }
         Ok(())
     }
-
-    /// A fingerprint (FNV-1a) that ties saved states to configurations.
-    pub(super) fn hash(&self) -> u64 {
-        let words = [
-            self.vocab_size,
-            self.embed_dim,
-            self.layers,
-            self.heads,
-            self.hidden_dim,
-            self.glu_dim,
-            self.act as usize,
-            self.glu_act as usize,
-            usize::from(self.no_scale_embedding),
-            usize::from(self.bias),
-            self.norm_eps.to_bits() as usize,
-            self.slopes as usize,
-        ];
-        let mut hash = super::state::Fnv::default();
-        for word in words {
-            hash.add(&(word as u64).to_le_bytes());
-        }
-        for flag in &self.lrpe {
-            hash.add(&[u8::from(*flag)]);
-        }
-        hash.0
-    }
-}
-
-fn refuse(key: &str, expected: impl ToString, got: impl ToString) -> Error {
-    Error::Config { key: key.to_string(), expected: expected.to_string(), got: got.to_string() }
 }

@@ -1,15 +1,14 @@
-//! What the model remembers.
+//! What a model remembers.
 
-use crate::attention::State;
+use crate::attention::StreamState;
 use crate::error::{Error, Result};
 use alloc::string::ToString;
 use alloc::vec::Vec;
 
-/// The memory of a [`TransNormerLlm`](super::TransNormerLlm): one matrix per layer, sequence and head. Its size
-/// does not depend on how many tokens were read.
+/// The memory of a [`Decoder`](super::Decoder): what every layer keeps of the tokens read.
 #[derive(Clone, Debug)]
-pub struct TransNormerState {
-    pub(super) layers: Vec<State>,
+pub struct DecoderState<S> {
+    pub(super) layers: Vec<S>,
     pub(super) batch: usize,
     /// Of the configuration.
     pub(super) hash: u64,
@@ -17,7 +16,7 @@ pub struct TransNormerState {
     pub(super) torn: bool,
 }
 
-impl TransNormerState {
+impl<S: StreamState> DecoderState<S> {
     /// Number of sequences.
     #[must_use]
     pub fn batch(&self) -> usize {
@@ -27,7 +26,7 @@ impl TransNormerState {
     /// Tokens read, per sequence: the position of the next one.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, State::len)
+        self.layers.first().map_or(0, S::len)
     }
 
     /// Whether no token was read.
@@ -39,18 +38,18 @@ impl TransNormerState {
     /// Memory of the contents, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(State::bytes).sum()
+        self.layers.iter().map(S::bytes).sum()
     }
 
-    /// The states of all layers, `[batch, heads, hd or 2 hd, hd]` each.
+    /// The states of all layers.
     #[must_use]
-    pub fn layers(&self) -> &[State] {
+    pub fn layers(&self) -> &[S] {
         &self.layers
     }
 
     /// Forgets everything.
     pub fn reset(&mut self) {
-        self.layers.iter_mut().for_each(State::reset);
+        self.layers.iter_mut().for_each(S::reset);
         self.torn = false;
     }
 
@@ -76,9 +75,9 @@ fn refuse(field: &'static str, expected: impl ToString, got: impl ToString) -> E
     Error::State { field, expected: expected.to_string(), got: got.to_string() }
 }
 
-/// FNV-1a, 64 bits.
-#[derive(Clone, Copy)]
-pub(super) struct Fnv(pub u64);
+/// FNV-1a, 64 bits: ties saved states to configurations and finds damage.
+#[derive(Clone, Copy, Debug)]
+pub struct Fnv(u64);
 
 impl Default for Fnv {
     fn default() -> Self {
@@ -87,6 +86,18 @@ impl Default for Fnv {
 }
 
 impl Fnv {
+    /// The hash of all that was added.
+    #[must_use]
+    pub fn value(self) -> u64 {
+        self.0
+    }
+
+    /// Adds a number.
+    pub fn word(&mut self, word: u64) {
+        self.add(&word.to_le_bytes());
+    }
+
+    /// Adds bytes.
     pub fn add(&mut self, bytes: &[u8]) {
         for b in bytes {
             self.0 = (self.0 ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3);
@@ -96,12 +107,12 @@ impl Fnv {
 
 #[cfg(feature = "std")]
 mod file {
-    use super::{Fnv, Result, State, TransNormerState, hex, refuse};
+    use super::{DecoderState, Fnv, Result, StreamState, hex, refuse};
     use crate::error::Error;
     use std::io::{Read, Write};
 
     const MAGIC: &[u8; 8] = b"linattnS";
-    const VERSION: u64 = 1;
+    const VERSION: u64 = 2;
     /// `f32`, little-endian.
     const DTYPE: u64 = 0;
     /// Floats that are converted at a time.
@@ -122,6 +133,10 @@ mod file {
             self.sum.add(bytes);
             self.inner.write_all(bytes).map_err(io)
         }
+        fn put_sum(&mut self) -> Result<()> {
+            let sum = self.sum.0.to_le_bytes();
+            self.put(&sum)
+        }
     }
 
     impl<R: Read> Stream<R> {
@@ -141,9 +156,13 @@ mod file {
                 got => Err(refuse(field, expected, got)),
             }
         }
+        fn demand_sum(&mut self) -> Result<()> {
+            let sum = self.sum.0;
+            self.demand("checksum", sum)
+        }
     }
 
-    impl TransNormerState {
+    impl<S: StreamState> DecoderState<S> {
         /// Writes everything: format version, element type, fingerprint of the configuration, batch, position,
         /// contents and a checksum, little-endian. A restored state continues bit for bit.
         ///
@@ -159,20 +178,21 @@ mod file {
             for word in head.into_iter().chain(sizes) {
                 to.put(&word.to_le_bytes())?;
             }
+            to.put_sum()?;
             let mut bytes = [0; 4 * PIECE];
             for layer in &self.layers {
-                for n in layer.shape() {
-                    to.put(&(n as u64).to_le_bytes())?;
-                }
-                for part in layer.as_slice().chunks(PIECE) {
-                    for (b, x) in bytes.chunks_exact_mut(4).zip(part) {
-                        b.copy_from_slice(&x.to_le_bytes());
+                layer.contents(&mut |all| {
+                    to.put(&(all.len() as u64).to_le_bytes())?;
+                    for part in all.chunks(PIECE) {
+                        for (b, x) in bytes.chunks_exact_mut(4).zip(part) {
+                            b.copy_from_slice(&x.to_le_bytes());
+                        }
+                        to.put(&bytes[..4 * part.len()])?;
                     }
-                    to.put(&bytes[..4 * part.len()])?;
-                }
+                    Ok(())
+                })?;
             }
-            let sum = to.sum.0.to_le_bytes();
-            to.put(&sum)
+            to.put_sum()
         }
 
         /// Reads what [`save`](Self::save) wrote for the same configuration and batch.
@@ -196,28 +216,28 @@ mod file {
             }
             from.demand("batch", self.batch as u64)?;
             let len = from.word()?;
-            let len = usize::try_from(len).map_err(|_| refuse("position", "within usize", len))?;
             from.demand("layers", self.layers.len() as u64)?;
+            // Before any memory is taken for a length that may be wrong.
+            from.demand_sum()?;
+            let len = usize::try_from(len).map_err(|_| refuse("position", "within usize", len))?;
             let mut layers = Vec::new();
             let mut bytes = [0; 4 * PIECE];
             for layer in &self.layers {
-                for n in layer.shape() {
-                    from.demand("shape", n as u64)?;
-                }
-                let [batch, heads, dk, dv] = layer.shape();
-                let mut new = State::new(batch, heads, dk, dv)?;
-                for part in new.as_mut_slice().chunks_mut(PIECE) {
-                    let bytes = &mut bytes[..4 * part.len()];
-                    from.get(bytes)?;
-                    for (x, b) in part.iter_mut().zip(bytes.chunks_exact(4)) {
-                        *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                let mut new = layer.blank(len)?;
+                new.contents_mut(&mut |all| {
+                    from.demand("size", all.len() as u64)?;
+                    for part in all.chunks_mut(PIECE) {
+                        let bytes = &mut bytes[..4 * part.len()];
+                        from.get(bytes)?;
+                        for (x, b) in part.iter_mut().zip(bytes.chunks_exact(4)) {
+                            *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                        }
                     }
-                }
-                new.advance(len);
+                    Ok(())
+                })?;
                 layers.push(new);
             }
-            let sum = from.sum.0;
-            from.demand("checksum", sum)?;
+            from.demand_sum()?;
             self.layers = layers;
             self.torn = false;
             Ok(())

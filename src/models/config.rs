@@ -1,0 +1,74 @@
+//! Configurations of models: keys of a `config.json`, and refusals.
+
+use crate::error::{Error, Result};
+use alloc::string::ToString;
+#[cfg(feature = "io")]
+use alloc::vec::Vec;
+#[cfg(feature = "io")]
+use serde_json::Value;
+
+/// What a key should have held.
+pub(super) fn refuse(key: &str, expected: impl ToString, got: impl ToString) -> Error {
+    Error::Config { key: key.to_string(), expected: expected.to_string(), got: got.to_string() }
+}
+
+/// Refuses sizes that are 0 or above their bound.
+pub(super) fn check_sizes(sizes: &[(&str, usize, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, n, most)| *n == 0 || n > most) {
+        Some((key, n, most)) => Err(refuse(key, alloc::format!("a size from 1 to {most}"), n)),
+        None => Ok(()),
+    }
+}
+
+/// A JSON object whose keys are asked for by type. A key that is null counts as absent where it may be.
+#[cfg(feature = "io")]
+pub(super) struct Json(Value);
+
+#[cfg(feature = "io")]
+impl Json {
+    pub fn parse(text: &str) -> Result<Self> {
+        let json: Value =
+            serde_json::from_str(text).map_err(|e| refuse("config", "a JSON object", e))?;
+        match json.is_object() {
+            true => Ok(Self(json)),
+            false => Err(refuse("config", "a JSON object", json)),
+        }
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    /// A size that must be there.
+    pub fn size(&self, key: &str) -> Result<usize> {
+        match self.0.get(key).map(Value::as_u64) {
+            Some(Some(n)) if n <= 1 << 32 => Ok(n as usize),
+            Some(_) => Err(refuse(key, "a size", &self.0[key])),
+            None => Err(refuse(key, "a size", "nothing")),
+        }
+    }
+
+    /// A switch.
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(v) => v.as_bool().ok_or_else(|| refuse(key, "true or false", v)),
+        }
+    }
+
+    /// A name.
+    pub fn name(&self, key: &str) -> Result<Option<&str>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(v) => v.as_str().map(Some).ok_or_else(|| refuse(key, "a name", v)),
+        }
+    }
+
+    /// A list of switches, written as 0 and 1.
+    pub fn flags(&self, key: &str) -> Result<Option<Vec<bool>>> {
+        let Some(list) = self.get(key) else { return Ok(None) };
+        let flag = |x: &Value| x.as_u64().filter(|x| *x <= 1).map(|x| x == 1);
+        let flags = list.as_array().and_then(|l| l.iter().map(flag).collect::<Option<_>>());
+        flags.map(Some).ok_or_else(|| refuse(key, "a list of 0 and 1", list))
+    }
+}
