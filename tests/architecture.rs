@@ -13,8 +13,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("runtime", &["error", "simd", "tensor", "scratch"]),
     ("kernels", &["simd", "tensor", "scratch"]),
     ("attention", &["error", "simd", "tensor", "scratch", "runtime", "kernels"]),
-    ("layers", &["error", "simd", "tensor", "scratch", "runtime", "kernels", "attention"]),
     ("io", &["error", "tensor"]),
+    ("layers", &["error", "simd", "tensor", "scratch", "runtime", "kernels", "attention", "io"]),
     // Of `attention`, models name states and slope schedules; they compute with layers.
     ("models", &["error", "tensor", "scratch", "runtime", "attention", "layers", "io"]),
 ];

@@ -1,22 +1,29 @@
 //! Layers: configuration, weights packed once, forward, state.
 
 mod block;
+mod conv2d;
 mod gla;
 mod linear;
 mod minimax_lightning;
+mod mlp;
 mod norm;
+mod parameters;
 mod rotary;
 mod rows;
 mod sglu;
 mod transnormer_block;
+pub mod vision;
 mod weights;
 
 pub use crate::kernels::activation::Activation;
 pub use block::Block;
+pub use conv2d::{Channels, Conv2d, Conv2dConfig};
 pub use gla::{GatedLinearAttention, GlaConfig};
 pub use linear::Linear;
 pub use minimax_lightning::{MiniMaxConfig, MiniMaxLightning};
+pub use mlp::{Mlp, MlpConfig};
 pub use norm::Norm;
+pub use parameters::Parameters;
 pub use rotary::{Lrpe, Positions, Rope, RopeStyle};
 pub use sglu::{Sglu, SgluConfig};
 pub use transnormer_block::TransNormerBlock;

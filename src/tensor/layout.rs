@@ -168,4 +168,40 @@ impl Layout<3> {
         let rows = rows.ok_or_else(|| Error::layout("layout", "shape", "rows within usize", a))?;
         Ok(Layout { shape: [rows, c], strides: [stride, sc] })
     }
+
+    /// Rows as a map of `h x w`: `[batch, h, w, width]`.
+    pub(super) fn rows_split(&self, [h, w]: [usize; 2]) -> Result<Layout<4>> {
+        let ([batch, n, width], [sb, sn, sw]) = (self.shape, self.strides);
+        if h.checked_mul(w) != Some(n) {
+            let got = alloc::format!("{h} x {w}");
+            return Err(Error::value("split rows", "map", alloc::format!("of {n} rows"), got));
+        }
+        // A map without rows has no strides to speak of.
+        Ok(Layout { shape: [batch, h, w, width], strides: [sb, w.wrapping_mul(sn), sn, sw] })
+    }
+
+    /// Columns as heads: `[batch, len, heads, width / heads]`.
+    pub(super) fn columns_split(&self, heads: usize) -> Result<Layout<4>> {
+        let ([batch, n, width], [sb, sn, sw]) = (self.shape, self.strides);
+        if heads == 0 || !width.is_multiple_of(heads) {
+            let expected = alloc::format!("a divisor of {width} columns");
+            return Err(Error::value("split columns", "heads", expected, heads));
+        }
+        let dim = width / heads;
+        Ok(Layout { shape: [batch, n, heads, dim], strides: [sb, sn, dim, sw] })
+    }
+}
+
+impl Layout<3> {
+    /// The rows of all groups in groups of `b`.
+    pub(super) fn regrouped(&self, b: usize) -> Result<Layout<3>> {
+        let [rows, c] = self.merged()?.shape;
+        let stride = self.merged()?.strides[0];
+        if b == 0 || !rows.is_multiple_of(b) {
+            let expected = alloc::format!("a divisor of {rows} rows");
+            return Err(Error::value("regroup", "rows", expected, b));
+        }
+        let far = b.saturating_mul(stride);
+        Ok(Layout { shape: [rows / b, b, c], strides: [far, stride, self.strides[2]] })
+    }
 }

@@ -123,6 +123,18 @@ impl<'a, T> View<'a, T, 3> {
     pub fn merge_rows(self) -> Result<View<'a, T, 2>> {
         Ok(View { data: self.data, layout: self.layout.merged()? })
     }
+
+    /// `[batch, len, width]` as `[batch, h, w, width]`, a map in row-major order; [`Error::Value`] unless it has
+    /// `len` places.
+    pub fn split_rows(self, map: [usize; 2]) -> Result<View<'a, T, 4>> {
+        Ok(View { data: self.data, layout: self.layout.rows_split(map)? })
+    }
+
+    /// `[batch, len, width]` as `[batch, len, heads, width / heads]`; [`Error::Value`] if there are no heads or
+    /// they do not divide the width.
+    pub fn split_heads(self, heads: usize) -> Result<View<'a, T, 4>> {
+        Ok(View { data: self.data, layout: self.layout.columns_split(heads)? })
+    }
 }
 
 impl<'a, T> View<'a, T, 2> {
@@ -131,5 +143,13 @@ impl<'a, T> View<'a, T, 2> {
     #[must_use]
     pub fn parts(&self) -> (&'a [T], usize) {
         (self.data, self.layout.strides[0])
+    }
+}
+
+impl<'a, T> View<'a, T, 3> {
+    /// `[a, n b, c]` as `[a n, b, c]`; [`Error::Layout`] unless one stride serves all rows, [`Error::Value`]
+    /// unless `b` divides them.
+    pub fn regroup(self, b: usize) -> Result<View<'a, T, 3>> {
+        Ok(View { data: self.data, layout: self.layout.regrouped(b)? })
     }
 }

@@ -121,6 +121,16 @@ impl<'a, T> ViewMut<'a, T, 3> {
     pub fn merge_rows(self) -> Result<ViewMut<'a, T, 2>> {
         Ok(ViewMut { ptr: self.ptr, layout: self.layout.merged()?, life: PhantomData })
     }
+
+    /// As [`View::split_rows`].
+    pub fn split_rows(self, map: [usize; 2]) -> Result<ViewMut<'a, T, 4>> {
+        Ok(ViewMut { ptr: self.ptr, layout: self.layout.rows_split(map)?, life: PhantomData })
+    }
+
+    /// As [`View::split_heads`].
+    pub fn split_heads(self, heads: usize) -> Result<ViewMut<'a, T, 4>> {
+        Ok(ViewMut { ptr: self.ptr, layout: self.layout.columns_split(heads)?, life: PhantomData })
+    }
 }
 
 impl<'a, T> ViewMut<'a, T, 4> {
@@ -166,5 +176,23 @@ impl<'a, T> ViewMut<'a, T, 4> {
             layout: Layout { shape: [len, dim], strides: [sl, sd] },
             life: PhantomData,
         }
+    }
+}
+
+impl<'a, T> ViewMut<'a, T, 3> {
+    /// As [`View::regroup`].
+    pub fn regroup(self, b: usize) -> Result<ViewMut<'a, T, 3>> {
+        Ok(ViewMut { ptr: self.ptr, layout: self.layout.regrouped(b)?, life: PhantomData })
+    }
+}
+
+impl<'a, T, const N: usize> ViewMut<'a, T, N> {
+    /// All elements as one slice, if they lie one after the other in row-major order.
+    #[must_use]
+    pub fn into_slice(self) -> Option<&'a mut [T]> {
+        let len = if self.layout.is_contiguous() { self.layout.len() } else { return None };
+        // SAFETY: the layout was proven to lie inside the borrowed slice and covers `len` adjacent elements, which no
+        // other view shares.
+        Some(unsafe { core::slice::from_raw_parts_mut(self.ptr, len) })
     }
 }

@@ -7,6 +7,7 @@ mod lightning;
 mod linear;
 mod model;
 mod softmax;
+mod vision;
 
 use crate::run::Run;
 
@@ -14,6 +15,7 @@ use crate::run::Run;
 pub type System = fn(&Run<'_>) -> linattn::Result<()>;
 
 const SYSTEMS: &[(&str, System)] = &[
+    ("agent.swin", vision::swin),
     ("checkpoint", model::checkpoint),
     ("lightning_attention", lightning::attention),
     ("lightning_decode", lightning::decode),

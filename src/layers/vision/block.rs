@@ -1,0 +1,128 @@
+//! One block of a vision transformer.
+
+use super::{VisionAttention, VisionAttentionConfig};
+use crate::error::{Error, Result, expect_shape};
+use crate::io::TensorSource;
+use crate::kernels::store::Keep;
+use crate::layers::gla::{matrix, table};
+use crate::layers::{Mlp, MlpConfig, Norm, Parameters};
+use crate::runtime::Runtime;
+use crate::scratch::{Cut, bytes_of};
+use crate::tensor::{View, ViewMut};
+
+const OP: &str = "vision block";
+
+/// Sizes and choices of a [`VisionBlock`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct VisionBlockConfig {
+    /// Those of the token mixer.
+    pub attention: VisionAttentionConfig,
+    /// Width inside of the channel mixer.
+    pub mlp_hidden: usize,
+    /// Of both norms.
+    pub norm_eps: f32,
+}
+
+/// A pre-norm block: `x += attention(LayerNorm(x))`, then `x += mlp(LayerNorm(x))`.
+///
+/// The block of DeiT, PVT, Swin and CSwin, whatever mixes their tokens. Sources: ViT (arXiv 2010.11929), Swin
+/// (2103.14030), PVT (2102.12122), CSwin (2107.00652).
+#[derive(Clone, Debug)]
+pub struct VisionBlock {
+    config: VisionBlockConfig,
+    norm1: Norm,
+    attn: VisionAttention,
+    norm2: Norm,
+    mlp: Mlp,
+}
+
+impl VisionBlock {
+    /// From named tensors: `norm1`, `norm2`, `mlp.fc1`, `mlp.fc2`, and those of [`VisionAttention::load`] below
+    /// `attn`, or without that with [`Scope::Cross`](super::Scope::Cross).
+    ///
+    /// # Errors
+    /// As [`VisionAttention::load`].
+    pub fn load(
+        config: VisionBlockConfig,
+        parameters: &Parameters<'_, impl TensorSource>,
+    ) -> Result<Self> {
+        let VisionBlockConfig { attention, mlp_hidden: hidden, norm_eps: eps } = config;
+        attention.check(OP)?;
+        super::config::size(OP, "mlp_hidden", hidden)?;
+        let attn = match attention.scope {
+            super::Scope::Cross { .. } => VisionAttention::load(attention, parameters)?,
+            _ => VisionAttention::load(attention, &parameters.at("attn"))?,
+        };
+        let dim = attention.dim;
+        Ok(Self {
+            config,
+            norm1: parameters.layer_norm("norm1", dim, eps)?,
+            attn,
+            norm2: parameters.layer_norm("norm2", dim, eps)?,
+            mlp: Mlp::load(MlpConfig { dim, hidden }, &parameters.at("mlp"))?,
+        })
+    }
+
+    /// The sizes and choices.
+    #[must_use]
+    pub fn config(&self) -> &VisionBlockConfig {
+        &self.config
+    }
+
+    /// Memory of the packed weights of projections, in bytes.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.attn.weight_bytes() + self.mlp.weight_bytes()
+    }
+
+    /// Advances the residual stream `x` (`[batch, tokens, dim]`, contiguous) in place. No allocation after warm-up.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::Layout`] for a stream that does not fit, [`Error::Alloc`] if scratch memory
+    /// cannot be had; `x` is untouched then.
+    pub fn forward(&self, rt: &Runtime, x: ViewMut<'_, f32, 3>) -> Result<()> {
+        let [batch, ..] = x.shape();
+        let expected = [batch, self.config.attention.tokens(), self.config.attention.dim];
+        expect_shape(OP, "x", "[batch, tokens, dim]", expected, x.shape())?;
+        let layout = x.layout();
+        let Some(stream) = x.into_slice() else {
+            let got = alloc::format!("strides {:?}", layout.strides());
+            return Err(Error::layout(OP, "x", "a contiguous view", got));
+        };
+        let bytes = self.scratch_bytes(rt, batch);
+        rt.with_scratch(bytes, |cut| self.run(rt, stream, batch, cut))?
+    }
+
+    /// Scratch bytes that a call takes from the runtime, besides those of the attention itself.
+    #[must_use]
+    pub fn scratch_bytes(&self, rt: &Runtime, batch: usize) -> usize {
+        let n = batch * self.config.attention.tokens();
+        let mixers = self.attn.scratch_bytes(rt, batch).max(self.mlp.scratch_bytes(rt, n));
+        bytes_of::<f32>(n * self.config.attention.dim) + mixers
+    }
+
+    /// A call on a contiguous stream with [`scratch_bytes`](Self::scratch_bytes) of memory. Only the attention
+    /// itself can fail, before anything is changed.
+    pub(crate) fn run(
+        &self,
+        rt: &Runtime,
+        stream: &mut [f32],
+        batch: usize,
+        mut cut: Cut<'_>,
+    ) -> Result<()> {
+        let (tokens, dim) = (self.config.attention.tokens(), self.config.attention.dim);
+        let n = batch * tokens;
+        if n == 0 {
+            return Ok(());
+        }
+        let normed = cut.take::<f32>(n * dim);
+        let mixers = self.attn.scratch_bytes(rt, batch).max(self.mlp.scratch_bytes(rt, n));
+        let work = cut.take::<u8>(mixers);
+        self.norm1.run(rt, table(stream, n), matrix(normed, n));
+        let x = View::new(&*normed, [batch, tokens, dim])?;
+        self.attn.run(rt, x, matrix(stream, n), Keep::All, Cut::new(work))?;
+        self.norm2.run(rt, table(stream, n), matrix(normed, n));
+        self.mlp.run(rt, table(normed, n), matrix(stream, n), Keep::All, Cut::new(work));
+        Ok(())
+    }
+}

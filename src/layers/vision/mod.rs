@@ -1,0 +1,15 @@
+//! Layers of vision transformers: blocks whose tokens are the places of a map.
+
+mod attention;
+mod block;
+mod config;
+mod map_attention;
+mod merging;
+mod relative;
+mod windows;
+
+pub use attention::VisionAttention;
+pub use block::{VisionBlock, VisionBlockConfig};
+pub use config::{MapAttentionConfig, Mechanism, Scope, VisionAttentionConfig};
+pub use map_attention::MapAttention;
+pub use merging::PatchMerging;
