@@ -26,11 +26,11 @@ enum Engine {
     Portable(backend::Portable),
     #[cfg(target_arch = "x86_64")]
     Avx2(backend::Avx2),
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     Avx512(backend::Avx512),
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "amx"))]
     AmxBf16x3(backend::AmxBf16x3),
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "amx"))]
     AmxBf16(backend::AmxBf16),
     #[cfg(target_arch = "aarch64")]
     Neon(backend::Neon),
@@ -47,19 +47,19 @@ struct Choice {
 
 /// What can run, best first: the first line that permission, cap and machine allow.
 const ENGINES: &[Choice] = &[
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "amx"))]
     Choice {
         isa: Isa::Amx,
         precision: Precision::Bf16,
         detect: || backend::AmxBf16::detect().map(Engine::AmxBf16),
     },
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "amx"))]
     Choice {
         isa: Isa::Amx,
         precision: Precision::Bf16x3,
         detect: || backend::AmxBf16x3::detect().map(Engine::AmxBf16x3),
     },
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     Choice {
         isa: Isa::Avx512,
         precision: Precision::F32,
@@ -284,11 +284,11 @@ impl Runtime {
             Engine::Portable(b) => task.run(b),
             #[cfg(target_arch = "x86_64")]
             Engine::Avx2(b) => task.run(b),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Engine::Avx512(b) => task.run(b),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "amx"))]
             Engine::AmxBf16x3(b) => task.run(b),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "amx"))]
             Engine::AmxBf16(b) => task.run(b),
             #[cfg(target_arch = "aarch64")]
             Engine::Neon(b) => task.run(b),

@@ -1,8 +1,8 @@
 //! Matrix products: `out = epilogue(left (m x k) * right (k x n))`.
 //!
 //! The right operand comes packed in panels (weights, packed once) or is packed into scratch on the way.
-//! The shared dimension is cut into blocks of the engine's depth and the rows into blocks of `MC`, which fit the
-//! second cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
+//! The shared dimension is cut into blocks of the engine's depth and the rows into blocks of its height, which fit
+//! the second cache level together with a panel. Deep blocks beat ones that fit the first level: the tile loop reads a panel
 //! in order, and every block costs one more pass over the output.
 
 use super::store::{Keep, Store};
@@ -12,8 +12,6 @@ use crate::simd::{
 };
 use crate::tensor::{View, ViewMut};
 
-/// Rows of a block of full depth, rounded down to whole tiles: with 1024 floats of depth they take 480 KiB.
-const MC: usize = 128;
 /// Up to this many rows the left operand fits the first cache level at any depth, and a right operand is read
 /// front to back exactly once: no blocking in depth.
 const SKINNY: usize = 16;
@@ -57,7 +55,7 @@ fn block<T: Tiles>(m: usize, k: usize) -> (usize, usize) {
     }
     let depth = T::DEPTH.min(k).max(1);
     // Shallow blocks may be higher.
-    (m.min(MC * (T::DEPTH / depth) / T::MR * T::MR), depth)
+    (m.min(T::HEIGHT * (T::DEPTH / depth)), depth)
 }
 
 /// One block of the product, entered as one kernel.

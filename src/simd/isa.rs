@@ -17,10 +17,10 @@ pub enum Isa {
     Neon,
     /// AVX2 + FMA + F16C, 256 bits.
     Avx2,
-    /// AVX-512 F, BW, CD, DQ, VL.
+    /// AVX-512 F, BW, CD, DQ, VL; with the feature `avx512`.
     Avx512,
     /// AVX-512 with BF16, and AMX tiles with BF16 products. Only products whose precision permits it use the tiles;
-    /// everything else is as with [`Avx512`](Isa::Avx512).
+    /// everything else is as with [`Avx512`](Isa::Avx512). With the feature `amx`.
     Amx,
 }
 
@@ -40,7 +40,7 @@ impl Isa {
         }
     }
 
-    /// Whether this machine, with this operating system, can run it.
+    /// Whether this machine, with this operating system, can run it, and this build has it.
     #[must_use]
     pub fn available(self) -> bool {
         match self {
@@ -50,9 +50,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => probe::levels() >= 1,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => probe::levels() >= 2,
+            Isa::Avx512 => cfg!(feature = "avx512") && probe::levels() >= 2,
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => probe::levels() >= 3,
+            Isa::Amx => cfg!(feature = "amx") && probe::levels() >= 3,
             #[allow(unreachable_patterns)] // each architecture leaves the others' arms to this one
             _ => false,
         }

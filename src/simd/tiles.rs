@@ -177,6 +177,9 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     const NR: usize;
     /// Steps of the shared dimension that are best kept together, whole ones of the engine.
     const DEPTH: usize;
+    /// Rows of a block of that depth, whole tiles: it fills half of the second cache level that machines with such an
+    /// engine have at least.
+    const HEIGHT: usize;
     /// Rows of a chunk at which the quadratic part of a chunked recurrence costs about as much as its passes over
     /// the state.
     const CHUNK: usize;

@@ -262,6 +262,7 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
     const MR: usize = 2 * TILE;
     const NR: usize = PANEL;
     const DEPTH: usize = 512;
+    const HEIGHT: usize = 128;
     const CHUNK: usize = 64;
     const NAME: &'static str = if PARTS == 1 { "bf16" } else { "bf16x3" };
 

@@ -253,6 +253,7 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
     const MR: usize = MR;
     const NR: usize = V * L::N;
     const DEPTH: usize = 1024;
+    const HEIGHT: usize = 10 * MR;
     const CHUNK: usize = 32;
     const NAME: &'static str = "f32";
 
