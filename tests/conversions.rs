@@ -1,4 +1,4 @@
-//! The conversions of every instruction set, bit for bit against those that any target has.
+//! The conversions of every instruction set, bit for bit against those that any target has, and those against `half`.
 
 mod support;
 
@@ -71,6 +71,35 @@ fn same_wide<E: Half>(x: &[E], got: &[f32], want: &[f32], what: &str) {
     for (x, (got, want)) in x.iter().zip(got.iter().zip(want)) {
         let same = got.to_bits() == want.to_bits() || x.nan() && got.is_nan() && want.is_nan();
         assert!(same, "{what}: {:#06x} as {}: {got:e} and {want:e}", x.bits(), E::DTYPE.name());
+    }
+}
+
+/// The generic form against the scalar conversions of the crate `half`.
+#[test]
+fn the_generic_form_widens_exactly() {
+    fn check<E: Half>(exact: impl Fn(E) -> f32) {
+        let x: Vec<E> = (0..=u16::MAX).map(E::of).collect();
+        let want: Vec<f32> = x.iter().copied().map(exact).collect();
+        let mut got = vec![1.5; x.len()];
+        E::widen(Generic, &x, &mut got);
+        same_wide(&x, &got, &want, "generic");
+    }
+    check(bf16::to_f32_const);
+    check(f16::to_f32_const);
+}
+
+#[test]
+fn the_generic_form_rounds_to_nearest_even() {
+    fn check<E: Half>(x: &[f32], exact: impl Fn(f32) -> E) {
+        let want: Vec<E> = x.iter().copied().map(exact).collect();
+        let mut got = vec![E::of(0x1234); x.len()];
+        E::narrow(Generic, x, &mut got);
+        same_half(x, &got, &want, "generic");
+    }
+    for low in lower_halves() {
+        let x: Vec<f32> = (0..=0xffff).map(|hi| f32::from_bits(hi << 16 | low)).collect();
+        check(&x, bf16::from_f32_const);
+        check(&x, f16::from_f32_const);
     }
 }
 

@@ -123,37 +123,3 @@ fn f16_bits(x: f32) -> u16 {
     let value = if mag > 0x7f80_0000 { nan } else { value };
     sign | value as u16
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_half_widens_exactly() {
-        for bits in 0..=u16::MAX {
-            let (want, got) = (f16::from_bits(bits).to_f32_const(), f16_value(bits));
-            assert!(
-                want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan(),
-                "f16 {bits:#06x}: {want} against {got}"
-            );
-        }
-    }
-
-    #[test]
-    fn narrowing_rounds_to_nearest_even() {
-        let edges = (0..=u16::MAX).flat_map(|hi| {
-            [0, 1, 0xfff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff]
-                .map(|lo| u32::from(hi) << 16 | lo)
-        });
-        for bits in edges {
-            let x = f32::from_bits(bits);
-            let (b, h) = (bf16::from_bits(bf16_bits(x)), f16::from_bits(f16_bits(x)));
-            if x.is_nan() {
-                assert!(b.is_nan() && h.is_nan(), "NaN {bits:#010x} was lost");
-            } else {
-                assert_eq!(b.to_bits(), bf16::from_f32_const(x).to_bits(), "bf16 of {bits:#010x}");
-                assert_eq!(h.to_bits(), f16::from_f32_const(x).to_bits(), "f16 of {bits:#010x}");
-            }
-        }
-    }
-}
