@@ -3,6 +3,7 @@
 //! Every mechanism has a folder with its `f64` definition (`naive`) beside the fast forms. Shapes are
 //! `[batch, len, heads, dim]` throughout; outer strides are free.
 
+mod cache;
 pub mod lightning;
 pub mod linear;
 mod mask;
@@ -10,6 +11,7 @@ mod scale;
 pub mod softmax;
 mod state;
 
+pub use cache::KvCache;
 pub use mask::Mask;
 pub use scale::Scale;
 pub use state::{State, StreamState};

@@ -1,5 +1,6 @@
 //! Activation functions, applied to rows.
 
+use super::elementwise::Multiply;
 use super::rows::{Map, RowKernel, map};
 use crate::simd::{Lanes, math};
 
@@ -20,6 +21,8 @@ pub enum Activation {
     Elu,
     /// `max(x, 0)`
     Relu,
+    /// `max(x, 0)^2`
+    SquaredRelu,
     /// `x Phi(x)`, the exact form.
     Gelu,
     /// `1 / (1 + e^-x)`
@@ -46,6 +49,7 @@ impl Activation {
             "2+elu" => Self::Elu2,
             "elu" => Self::Elu,
             "relu" => Self::Relu,
+            "relu2" => Self::SquaredRelu,
             "gelu" => Self::Gelu,
             "sigmoid" => Self::Sigmoid,
             "sine" => Self::Sine,
@@ -67,6 +71,46 @@ impl RowKernel<0> for Activate {
     }
 }
 
+/// `out = act(gate) * out`
+#[derive(Clone, Copy, Debug)]
+pub struct Gate(pub Activation);
+
+impl RowKernel<1> for Gate {
+    const COST: usize = 24;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [gate]: [&[f32]; 1], out: &mut [f32]) {
+        match self.0 {
+            Activation::Silu => map(l, Gated(Silu), [gate], out),
+            Activation::Gelu => map(l, Gated(Gelu), [gate], out),
+            act => {
+                // Piece by piece through the stack, because the gate itself is not to be written.
+                let mut piece = [0.0; 64];
+                let most = if act == Activation::Exp { largest(l, gate) } else { 0.0 };
+                for (out, gate) in out.chunks_mut(64).zip(gate.chunks(64)) {
+                    let piece = &mut piece[..gate.len()];
+                    piece.copy_from_slice(gate);
+                    match act {
+                        Activation::Exp => map(l, Exp(most), [], piece),
+                        act => activate(l, act, piece),
+                    }
+                    map(l, Multiply, [piece], out);
+                }
+            }
+        }
+    }
+}
+
+/// `f(gate) * old`
+#[derive(Clone, Copy)]
+struct Gated<F>(F);
+
+impl<L: Lanes, F: Map<L, 0>> Map<L, 1> for Gated<F> {
+    #[inline(always)]
+    fn apply(self, l: L, old: L::F, [gate]: [L::F; 1]) -> L::F {
+        l.mul(self.0.apply(l, gate, []), old)
+    }
+}
+
 /// Applies `act` to a row in place. NaN stays NaN.
 #[inline(always)]
 pub fn activate<L: Lanes>(l: L, act: Activation, row: &mut [f32]) {
@@ -77,6 +121,7 @@ pub fn activate<L: Lanes>(l: L, act: Activation, row: &mut [f32]) {
         Activation::Elu2 => map(l, ShiftedElu(2.0, 1.0), [], row),
         Activation::Elu => map(l, Elu, [], row),
         Activation::Relu => map(l, Relu, [], row),
+        Activation::SquaredRelu => map(l, SquaredRelu, [], row),
         Activation::Gelu => map(l, Gelu, [], row),
         Activation::Sigmoid => map(l, Sigmoid, [], row),
         Activation::Sine => sine(l, row),
@@ -105,6 +150,10 @@ functions! {
     Sigmoid: |l, x| math::sigmoid(l, x);
     Gelu: |l, x| math::gelu(l, x);
     Relu: |l, x| l.select(l.le(x, l.zero()), l.zero(), x);
+    SquaredRelu: |l, x| {
+        let y = l.select(l.le(x, l.zero()), l.zero(), x);
+        l.mul(y, y)
+    };
     Elu: |l, x| {
         // e^x - 1 = 2 t / (1 - t) with t = tanh(x / 2), without cancellation near 0.
         let t = math::tanh(l, l.mul(x, l.splat(0.5)));

@@ -46,28 +46,22 @@ pub trait Block: Clone + Debug + Send + Sync {
     ) -> Result<()>;
 }
 
-/// Scratch bytes of [`forward`].
-pub(super) fn forward_bytes<B: Block>(block: &B, rt: &Runtime, rows: usize) -> usize {
-    bytes_of::<f32>(rows * block.width()) + block.run_bytes(rt, rows)
-}
-
-/// A call on any view whose rows lie the same distance apart: the stream is copied to and fro because a view of it
-/// cannot be read and written at once.
-pub(super) fn forward<B: Block>(
-    block: &B,
+/// Runs `work` on any view whose rows lie the same distance apart, with `bytes` of memory: the stream is copied to and
+/// fro because a view of it cannot be read and written at once.
+pub(super) fn on_view(
     rt: &Runtime,
     x: ViewMut<'_, f32, 3>,
-    state: &mut B::State,
+    bytes: usize,
+    work: impl FnOnce(&mut [f32], Cut<'_>) -> Result<()>,
 ) -> Result<()> {
     let ([batch, len, width], mut x) = (x.shape(), x.merge_rows()?);
     let n = batch * len;
-    state.reserve(len)?;
-    rt.with_scratch(forward_bytes(block, rt, n), |mut cut| {
+    rt.with_scratch(bytes_of::<f32>(n * width) + bytes, |mut cut| {
         let stream = cut.take::<f32>(n * width);
         for i in 0..n {
             stream[i * width..][..width].copy_from_slice(x.row_mut([i, 0]));
         }
-        block.run(rt, stream, batch, state, cut)?;
+        work(stream, cut)?;
         for i in 0..n {
             x.row_mut([i, 0]).copy_from_slice(&stream[i * width..][..width]);
         }

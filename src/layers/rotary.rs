@@ -147,6 +147,12 @@ impl Rope {
         Ok(Self { style, freq: (0..rot_dim / 2).map(power).collect() })
     }
 
+    /// How many elements of a head turn.
+    #[must_use]
+    pub fn rot_dim(&self) -> usize {
+        2 * self.freq.len()
+    }
+
     /// `x`, `out`: `[batch, len, heads, dim]` with `dim` at least `rot_dim`.
     ///
     /// # Errors

@@ -1,14 +1,11 @@
 //! The channel mixer of TransNormerLLM.
 
-use super::gla::{expect_linear, matrix, table};
-use super::rows::rows;
-use super::{Activation, Linear};
-use crate::error::{Result, expect_shape};
-use crate::kernels::activation::Activate;
-use crate::kernels::elementwise::Multiply;
+use super::gla::expect_linear;
+use super::{Activation, FeedForward, FeedForwardConfig, Linear};
+use crate::error::Result;
 use crate::kernels::store::Keep;
 use crate::runtime::Runtime;
-use crate::scratch::{Cut, bytes_of};
+use crate::scratch::Cut;
 use crate::tensor::{View, ViewMut};
 
 const OP: &str = "sglu";
@@ -40,12 +37,7 @@ pub struct SgluConfig {
 /// # Ok::<(), linattn::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Sglu {
-    config: SgluConfig,
-    l1: Linear,
-    l2: Linear,
-    l3: Linear,
-}
+pub struct Sglu(FeedForward);
 
 impl Sglu {
     /// `l1`, `l2`: `[glu, embed]`, `l3`: `[embed, glu]`.
@@ -53,23 +45,25 @@ impl Sglu {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if a weight does not fit.
     pub fn new(config: SgluConfig, l1: Linear, l2: Linear, l3: Linear) -> Result<Self> {
-        let SgluConfig { embed_dim, glu_dim, .. } = config;
-        expect_linear(OP, "l1", &l1, [glu_dim, embed_dim])?;
-        expect_linear(OP, "l2", &l2, [glu_dim, embed_dim])?;
-        expect_linear(OP, "l3", &l3, [embed_dim, glu_dim])?;
-        Ok(Self { config, l1, l2, l3 })
+        let SgluConfig { embed_dim: dim, glu_dim: hidden, act } = config;
+        expect_linear(OP, "l1", &l1, [hidden, dim])?;
+        expect_linear(OP, "l2", &l2, [hidden, dim])?;
+        expect_linear(OP, "l3", &l3, [dim, hidden])?;
+        let config = FeedForwardConfig { dim, hidden, act };
+        Ok(Self(FeedForward::new(config, Some(l1), l2, l3)?))
     }
 
     /// The sizes.
     #[must_use]
-    pub fn config(&self) -> &SgluConfig {
-        &self.config
+    pub fn config(&self) -> SgluConfig {
+        let FeedForwardConfig { dim: embed_dim, hidden: glu_dim, act } = *self.0.config();
+        SgluConfig { embed_dim, glu_dim, act }
     }
 
     /// Memory of the packed weights, in bytes.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        self.l1.bytes() + self.l2.bytes() + self.l3.bytes()
+        self.0.weight_bytes()
     }
 
     /// `x`, `out`: `[rows, embed]`. No allocation after warm-up.
@@ -83,47 +77,24 @@ impl Sglu {
         x: View<'_, f32, 2>,
         out: ViewMut<'_, f32, 2>,
     ) -> Result<()> {
-        let expected = [x.shape()[0], self.config.embed_dim];
-        expect_shape(OP, "x", "[rows, embed]", expected, x.shape())?;
-        expect_shape(OP, "out", "[rows, embed]", expected, out.shape())?;
-        rt.with_scratch(self.scratch_bytes(rt, expected[0]), |cut| {
-            self.run(rt, x, out, Keep::Nothing, cut);
-        })
+        self.0.forward(rt, x, out)
     }
 
     /// Scratch bytes that a call with `rows` rows takes from the runtime.
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        2 * bytes_of::<f32>(rows * self.config.glu_dim) + self.linear_bytes(rt, rows)
+        self.0.scratch_bytes(rt, rows)
     }
 
-    fn linear_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        let maps = [&self.l1, &self.l2, &self.l3].map(|l| l.scratch_bytes(rt, rows));
-        maps.into_iter().max().unwrap_or(0)
-    }
-
-    /// A checked call with [`scratch_bytes`](Self::scratch_bytes) of memory; nothing can fail.
+    /// As [`FeedForward::run`].
     pub(super) fn run(
         &self,
         rt: &Runtime,
         x: View<'_, f32, 2>,
         out: ViewMut<'_, f32, 2>,
         keep: Keep<'static>,
-        mut cut: Cut<'_>,
+        cut: Cut<'_>,
     ) {
-        let (n, glu) = (x.shape()[0], self.config.glu_dim);
-        if n == 0 {
-            return;
-        }
-        let (a, b) = (cut.take::<f32>(n * glu), cut.take::<f32>(n * glu));
-        let work = cut.take::<u8>(self.linear_bytes(rt, n));
-        let new = Keep::Nothing;
-        self.l1.run(rt, x, matrix(a, n), new, Cut::new(work));
-        self.l2.run(rt, x, matrix(b, n), new, Cut::new(work));
-        if self.config.act != Activation::Identity {
-            rows(rt, Activate(self.config.act), [], matrix(a, n));
-        }
-        rows(rt, Multiply, [table(b, n)], matrix(a, n));
-        self.l3.run(rt, table(a, n), out, keep, Cut::new(work));
+        self.0.run(rt, x, out, keep, cut);
     }
 }

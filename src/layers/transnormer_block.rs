@@ -77,14 +77,16 @@ impl TransNormerBlock {
         let [batch, len, _] = x.shape();
         let expected = [batch, len, self.token_mixer.config().embed_dim];
         expect_shape(OP, "x", "[batch, len, embed]", expected, x.shape())?;
-        block::forward(self, rt, x, state)
+        block::on_view(rt, x, self.run_bytes(rt, batch * len), |stream, cut| {
+            self.run(rt, stream, batch, state, cut)
+        })
     }
 
     /// Scratch bytes that a call with `rows = batch * len` tokens takes from the runtime, besides those of the
     /// attention.
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, rows: usize) -> usize {
-        block::forward_bytes(self, rt, rows)
+        bytes_of::<f32>(rows * self.width()) + self.run_bytes(rt, rows)
     }
 }
 

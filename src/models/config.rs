@@ -48,6 +48,19 @@ impl Json {
         }
     }
 
+    /// A size that may be missing.
+    pub fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        self.get(key).map_or(Ok(default), |_| self.size(key))
+    }
+
+    /// A number that may be missing.
+    pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(v) => v.as_f64().ok_or_else(|| refuse(key, "a number", v)),
+        }
+    }
+
     /// A switch.
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {

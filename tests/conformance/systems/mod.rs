@@ -7,6 +7,7 @@ mod lightning;
 mod linear;
 mod model;
 mod softmax;
+mod transformer;
 mod vision;
 
 use crate::run::Run;
@@ -28,6 +29,7 @@ const SYSTEMS: &[(&str, System)] = &[
     ("rope", layers::rope),
     ("softmax_attention", softmax::attention),
     ("srmsnorm", layers::srmsnorm),
+    ("transformer_pp.block", transformer::block),
     ("transnormer.block", layers::transnormer_block),
     ("transnormer.gla", layers::transnormer_gla),
     ("transnormer.glu", layers::transnormer_glu),

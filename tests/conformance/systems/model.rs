@@ -8,7 +8,7 @@ use linattn::tensor::Tensor;
 use linattn::{Error, Result};
 
 /// The weights of a case, under their original names.
-struct Weights<'a>(&'a Case);
+pub struct Weights<'a>(pub &'a Case);
 
 impl TensorSource for Weights<'_> {
     fn contains(&self, name: &str) -> bool {
