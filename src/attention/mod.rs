@@ -3,7 +3,9 @@
 //! Every mechanism has a folder with its `f64` definition (`naive`) beside the fast forms. Shapes are
 //! `[batch, len, heads, dim]` throughout; outer strides are free.
 
+pub mod agent;
 mod cache;
+pub mod focused;
 pub mod lightning;
 pub mod linear;
 mod mask;

@@ -35,7 +35,32 @@ pub enum Block<'a> {
     List(&'a [usize]),
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
+    /// The next at most `most` keys among `from .. end` that count, and where to go on.
+    #[must_use]
+    pub fn next(
+        mask: Option<&[bool]>,
+        [from, end]: [usize; 2],
+        most: usize,
+        list: &'a mut [usize],
+    ) -> (Self, usize) {
+        let Some(mask) = mask else {
+            let n = most.min(end - from);
+            return (Block::Run(from, n), from + n);
+        };
+        let (mut n, mut at) = (0, from);
+        while at < end && n < most {
+            list[n] = at;
+            n += usize::from(mask[at]);
+            at += 1;
+        }
+        let list = &list[..n];
+        match (list.first(), list.last()) {
+            (Some(first), Some(last)) if last - first + 1 == n => (Block::Run(*first, n), at),
+            _ => (Block::List(list), at),
+        }
+    }
+
     /// How many.
     #[inline(always)]
     #[must_use]
@@ -62,8 +87,9 @@ impl Block<'_> {
         }
     }
 
+    /// The number of the key at place `j`.
     #[inline(always)]
-    fn at(&self, j: usize) -> usize {
+    pub(super) fn at(&self, j: usize) -> usize {
         match self {
             Block::Run(first, _) => first + j,
             Block::List(at) => at[j],
@@ -82,7 +108,7 @@ pub struct Plain<'a> {
 
 /// The rows of a block: where they lie, or gathered and converted into `buffer` (`len x width`).
 #[inline(always)]
-fn stage<'a, B: Backend, E: Element>(
+pub(super) fn stage<'a, B: Backend, E: Element>(
     b: B,
     src: View<'a, E, 2>,
     block: Block<'_>,

@@ -4,17 +4,22 @@
 //! instruction sets nor threads, and trust their callers to have checked every argument: a wrong one panics.
 
 pub mod activation;
+pub mod agent;
 pub mod ahead;
 pub mod attend;
 pub mod chunk;
 pub mod decay;
+pub mod depthwise;
 pub mod elementwise;
 pub mod feature_map;
+pub mod focus;
 pub mod gemm;
 pub mod linear;
+pub mod maps;
 pub mod norm;
 pub mod packed;
 pub mod recurrence;
+pub mod resample;
 pub mod rotary;
 pub mod rows;
 pub mod softmax;

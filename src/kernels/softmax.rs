@@ -117,6 +117,91 @@ pub fn online_rows<L: Lanes>(
     }
 }
 
+/// `row <- exp(row - max row)` for every row, and `inverse[r] = 1 / sum`, 0 where nothing is seen: softmax without its last
+/// multiplication.
+#[inline(always)]
+pub fn exp_rows<L: Lanes>(
+    l: L,
+    scores: &mut [f32],
+    stride: usize,
+    width: usize,
+    inverse: &mut [f32],
+) {
+    for (r, inverse) in inverse.iter_mut().enumerate() {
+        let row = &mut scores[r * stride..][..width];
+        let max = finite(row_max(l, row));
+        let sum = exp_row(l, row, max);
+        *inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+    }
+}
+
+/// As [`online_rows`] for the columns of `m` rows of scores, `width` of them: everything goes from row to row, nothing
+/// across a vector. Columns up to a whole vector are written, and what `online` has for them.
+#[inline(always)]
+pub fn online_columns<L: Lanes>(
+    l: L,
+    scores: &mut [f32],
+    stride: usize,
+    [m, width]: [usize; 2],
+    online: &mut Online<'_>,
+) {
+    let (mut c, vectors) = (0, width.div_ceil(L::N));
+    while c + WIDE <= vectors {
+        columns::<L, WIDE>(l, scores, stride, m, c * L::N, online);
+        c += WIDE;
+    }
+    if c + 2 <= vectors {
+        columns::<L, 2>(l, scores, stride, m, c * L::N, online);
+        c += 2;
+    }
+    if c < vectors {
+        columns::<L, 1>(l, scores, stride, m, c * L::N, online);
+    }
+}
+
+/// `W` vectors of columns from column `c` on.
+#[inline(always)]
+fn columns<L: Lanes, const W: usize>(
+    l: L,
+    scores: &mut [f32],
+    stride: usize,
+    m: usize,
+    c: usize,
+    online: &mut Online<'_>,
+) {
+    let low = l.splat(f32::NEG_INFINITY);
+    let mut top = [low; W];
+    for r in 0..m {
+        let row = &scores[r * stride + c..][..W * L::N];
+        for w in 0..W {
+            top[w] = l.max(top[w], l.load(&row[w * L::N..]));
+        }
+    }
+    let mut base = [l.zero(); W];
+    for w in 0..W {
+        let at = c + w * L::N;
+        let old = l.load(&online.max[at..]);
+        let new = l.max(old, top[w]);
+        base[w] = l.select(l.le(new, low), l.zero(), new);
+        l.store(&mut online.factor[at..], math::exp(l, l.sub(old, base[w])));
+        l.store(&mut online.max[at..], new);
+    }
+    let mut sum = [l.zero(); W];
+    for r in 0..m {
+        let row = &mut scores[r * stride + c..][..W * L::N];
+        for w in 0..W {
+            let x = math::exp(l, l.sub(l.load(&row[w * L::N..]), base[w]));
+            l.store(&mut row[w * L::N..], x);
+            sum[w] = l.add(sum[w], x);
+        }
+    }
+    for w in 0..W {
+        let at = c + w * L::N;
+        let old = l.mul(l.load(&online.sum[at..]), l.load(&online.factor[at..]));
+        l.store(&mut online.sum[at..], l.add(old, sum[w]));
+    }
+}
+
 /// A maximum that can be subtracted from minus infinity.
 #[inline(always)]
 fn finite(max: f32) -> f32 {

@@ -1,14 +1,18 @@
 //! Layers: configuration, weights packed once, forward, state.
 
+mod agent_bias;
 mod block;
 mod conv2d;
+mod depthwise;
 mod feed_forward;
 mod gla;
 mod linear;
+mod maps;
 mod minimax_lightning;
 mod mlp;
 mod norm;
 mod parameters;
+mod resample;
 mod rotary;
 mod rows;
 mod self_attention;
@@ -19,8 +23,10 @@ pub mod vision;
 mod weights;
 
 pub use crate::kernels::activation::Activation;
+pub use agent_bias::{AgentBias, AgentBiasTables};
 pub use block::Block;
 pub use conv2d::{Channels, Conv2d, Conv2dConfig};
+pub use depthwise::{DepthwiseConfig, DepthwiseConv2d};
 pub use feed_forward::{FeedForward, FeedForwardConfig};
 pub use gla::{GatedLinearAttention, GlaConfig};
 pub use linear::Linear;
@@ -28,6 +34,7 @@ pub use minimax_lightning::{MiniMaxConfig, MiniMaxLightning};
 pub use mlp::{Mlp, MlpConfig};
 pub use norm::Norm;
 pub use parameters::Parameters;
+pub use resample::Resample;
 pub use rotary::{Lrpe, Positions, Rope, RopeStyle};
 pub use self_attention::{Mechanism, SelfAttention, SelfAttentionConfig, SelfAttentionState};
 pub use sglu::{Sglu, SgluConfig};

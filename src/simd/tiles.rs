@@ -167,7 +167,7 @@ pub trait Tiles: Copy + Send + Sync + 'static {
     /// The vectors that its sinks see.
     type L: Lanes;
     /// Storage of packed operands.
-    type Elem: bytemuck::Pod + Send + Sync;
+    type Elem: bytemuck::Pod + Send + Sync + core::fmt::Debug;
     /// What a thread holds while it runs products: the set-up of a matrix unit, released when dropped. It belongs to
     /// buffers of one worker, lives as long as they do and never crosses a spawn.
     type Session;

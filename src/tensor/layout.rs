@@ -190,9 +190,7 @@ impl Layout<3> {
         let dim = width / heads;
         Ok(Layout { shape: [batch, n, heads, dim], strides: [sb, sn, dim, sw] })
     }
-}
 
-impl Layout<3> {
     /// The rows of all groups in groups of `b`.
     pub(super) fn regrouped(&self, b: usize) -> Result<Layout<3>> {
         let [rows, c] = self.merged()?.shape;

@@ -1,5 +1,6 @@
 //! Read-only views.
 
+use super::element::Element;
 use super::layout::Layout;
 use crate::error::{Error, Result};
 
@@ -117,7 +118,25 @@ impl<'a, T> View<'a, T, 4> {
     }
 }
 
+impl<'a, E: Element, const N: usize> View<'a, E, N> {
+    /// The view itself if its elements are `f32`.
+    pub(crate) fn as_f32(self) -> Option<View<'a, f32, N>> {
+        Some(View { data: E::as_f32(self.data)?, layout: self.layout })
+    }
+}
+
 impl<'a, T> View<'a, T, 3> {
+    /// The matrix of the last two dimensions at `i`. Panics outside of the shape.
+    #[inline(always)]
+    #[must_use]
+    pub fn matrix(&self, i: usize) -> View<'a, T, 2> {
+        let ([n, rows, width], [sn, sr, sw]) = (self.layout.shape, self.layout.strides);
+        assert!(i < n, "matrix {i} of {n}");
+        let start = if rows * width == 0 { 0 } else { i * sn };
+        let layout = Layout { shape: [rows, width], strides: [sr, sw] };
+        View { data: &self.data[start..], layout }
+    }
+
     /// `[a * b, c]` of an `[a, b, c]` view whose rows all lie the same distance apart; [`Error::Layout`] for
     /// another one.
     pub fn merge_rows(self) -> Result<View<'a, T, 2>> {

@@ -1,5 +1,6 @@
 //! Views that can be written, and split between threads.
 
+use super::element::{DType, Element};
 use super::layout::Layout;
 use super::view::View;
 use crate::error::{Error, Result};
@@ -112,6 +113,19 @@ impl<'a, T, const N: usize> ViewMut<'a, T, N> {
     #[must_use]
     pub fn slice(self, axis: usize, from: usize, to: usize) -> Self {
         self.split_at(axis, to).0.split_at(axis, from).1
+    }
+}
+
+impl<'a, E: Element, const N: usize> ViewMut<'a, E, N> {
+    /// The view itself if its elements are `f32`; else it comes back.
+    pub(crate) fn into_f32(self) -> core::result::Result<ViewMut<'a, f32, N>, Self> {
+        match E::DTYPE {
+            // No other type has this name: the trait is sealed.
+            DType::F32 => {
+                Ok(ViewMut { ptr: self.ptr.cast(), layout: self.layout, life: PhantomData })
+            }
+            _ => Err(self),
+        }
     }
 }
 

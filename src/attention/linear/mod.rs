@@ -132,3 +132,16 @@ impl LinearAttention {
         task::scratch_bytes(rt, heads, dk, dv)
     }
 }
+
+/// Adds keys that are features already to `sums` (`[batch, heads, dk, dv]` and `[batch, heads, 1, dk]`), then lets
+/// queries that are read them, divided by their normaliser plus `eps` if there is one. Arguments were checked.
+pub(super) fn features(
+    rt: &Runtime,
+    eps: Option<f32>,
+    [q, k, v]: [View<'_, f32, 4>; 3],
+    out: ViewMut<'_, f32, 4>,
+    sums: (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>),
+) -> Result<()> {
+    let form = Form { map: FeatureMap::Identity, scale: 1.0, eps };
+    task::run(rt, form, false, [q, k, v], out, Some(sums))
+}

@@ -95,30 +95,6 @@ impl<B: Backend, E: Element> Kernel<B> for Finish<'_, E> {
     }
 }
 
-/// The next at most [`KEYS`] keys that count among `from .. end`, and where to go on.
-fn next_block<'a>(
-    mask: Option<&[bool]>,
-    from: usize,
-    end: usize,
-    list: &'a mut [usize],
-) -> (Block<'a>, usize) {
-    let Some(mask) = mask else {
-        let n = KEYS.min(end - from);
-        return (Block::Run(from, n), from + n);
-    };
-    let (mut n, mut at) = (0, from);
-    while at < end && n < KEYS {
-        list[n] = at;
-        n += usize::from(mask[at]);
-        at += 1;
-    }
-    let list = &list[..n];
-    match (list.first(), list.last()) {
-        (Some(first), Some(last)) if last - first + 1 == n => (Block::Run(*first, n), at),
-        _ => (Block::List(list), at),
-    }
-}
-
 /// All rows of a job.
 fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
     let ([batch, lq, ..], kv_heads, group) = (job.q.shape(), job.k.shape()[2], job.group());
@@ -155,7 +131,7 @@ fn span<B: Backend, E: Element>(
     let mask = job.extra.key_mask.filter(|_| end > 0).map(|m| m.row([batch, 0]));
     let mut at = 0;
     while at < end {
-        let (block, next) = next_block(mask, at, end, work.list);
+        let (block, next) = Block::next(mask, [at, end], KEYS, work.list);
         at = next;
         if block.is_empty() {
             continue;

@@ -9,6 +9,7 @@ mod model;
 mod softmax;
 mod transformer;
 mod vision;
+mod vision_ops;
 
 use crate::run::Run;
 
@@ -17,7 +18,10 @@ pub type System = fn(&Run<'_>) -> linattn::Result<()>;
 
 const SYSTEMS: &[(&str, System)] = &[
     ("agent.swin", vision::swin),
+    ("agent_attention", vision_ops::agent),
     ("checkpoint", model::checkpoint),
+    ("depthwise_conv2d", vision_ops::depthwise),
+    ("focused_linear_attention", vision_ops::focused),
     ("lightning_attention", lightning::attention),
     ("lightning_decode", lightning::decode),
     ("lightning_slopes", lightning::slopes),

@@ -1,0 +1,112 @@
+//! The operations of vision attention: agents, and the convolution beside them.
+
+use crate::case::Array;
+use crate::run::Run;
+use crate::support::{heads_first, heads_first_mut};
+use linattn::Result;
+use linattn::attention::Scale;
+use linattn::attention::agent::{AgentAttention, AgentExtra};
+use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention, Normaliser};
+use linattn::layers::{DepthwiseConfig, DepthwiseConv2d};
+use linattn::tensor::{View, ViewMut};
+
+pub fn agent(run: &Run<'_>) -> Result<()> {
+    let case = run.case;
+    let [q, k, v, agents] = ["in.q", "in.k", "in.v", "in.agents"].map(|n| case.tensor(n));
+    let ([b, h, lq, _], [_, _, n, _], [_, _, lk, dv]) = (q.shape(), agents.shape::<4>(), v.shape());
+    let scale = |name| Scale::Value(case.number(name) as f32);
+    let op = AgentAttention::new()
+        .with_scales(scale("scale1"), scale("scale2"))?
+        .with_shortcut(case.number("k_shortcut") as f32)?;
+    let bias = |name, shape| case.get(name).map(|t| View::new(&t.data, shape)).transpose();
+    let (mut out, mut values) = (vec![f32::NAN; b * h * lq * dv], vec![f32::NAN; b * h * n * dv]);
+    let extra = AgentExtra {
+        agent_bias: bias("in.bias1", [h, n, lk])?,
+        query_bias: bias("in.bias2", [h, lq, n])?,
+        key_mask: None,
+        agent_values: Some(heads_first_mut(&mut values, [b, h, n, dv])),
+    };
+    op.forward_with(
+        run.rt,
+        heads_first(&q.data, q.shape()),
+        heads_first(&k.data, k.shape()),
+        heads_first(&v.data, v.shape()),
+        heads_first(&agents.data, agents.shape()),
+        heads_first_mut(&mut out, [b, h, lq, dv]),
+        extra,
+    )?;
+    run.check("out", &out);
+    run.check("agent_v", &values);
+    Ok(())
+}
+
+/// `[batch, channels, h, w]` memory with channels innermost.
+pub fn channels_last(data: &[f32], [b, c, h, w]: [usize; 4]) -> Vec<f32> {
+    let at = |n: usize, i: usize, k: usize| data[(n * c + k) * h * w + i];
+    (0..b * h * w).flat_map(|i| (0..c).map(move |k| at(i / (h * w), i % (h * w), k))).collect()
+}
+
+/// And back.
+pub fn channels_first(data: &[f32], [b, c, h, w]: [usize; 4]) -> Vec<f32> {
+    let at = |n: usize, k: usize, i: usize| data[(n * h * w + i) * c + k];
+    let all = (0..b * c).flat_map(|i| (0..h * w).map(move |p| at(i / c, i % c, p)));
+    all.collect()
+}
+
+pub fn depthwise(run: &Run<'_>) -> Result<()> {
+    let case = run.case;
+    let (x, weight) = (case.tensor("in.x"), case.tensor("w.weight"));
+    let ([b, c, h, w], bias) = (x.shape(), case.get("w.bias").map(|t| &t.data[..]));
+    let padding = case.key("padding").as_array().expect("a list");
+    let padding = [0, 1].map(|d| padding[d].as_u64().expect("a number") as usize);
+    let stride = match case.key("stride").as_array() {
+        Some(list) => [0, 1].map(|d| list[d].as_u64().expect("a number") as usize),
+        None => [case.size("stride"); 2],
+    };
+    let weight = View::new(&weight.data, weight.shape())?;
+    let conv = DepthwiseConv2d::new(weight, bias, DepthwiseConfig { padding, stride })?;
+    let [rows, columns] = conv.output_size([h, w]).expect("a window that fits");
+    let mut out = vec![f32::NAN; b * rows * columns * c];
+    let x = channels_last(&x.data, x.shape());
+    let target = ViewMut::new(&mut out, [b, rows, columns, c])?;
+    conv.forward(run.rt, View::new(&x, [b, h, w, c])?, target)?;
+    run.check("out", &channels_first(&out, [b, c, rows, columns]));
+    Ok(())
+}
+
+/// The normaliser that a case names, the current one if it names none.
+pub fn normaliser(run: &Run<'_>) -> Normaliser {
+    match run.case.config.get("normaliser").and_then(|x| x.as_str()) {
+        None | Some("mean") => Normaliser::Mean,
+        Some("sum") => Normaliser::Sum,
+        Some(other) => panic!("unknown normaliser `{other}`"),
+    }
+}
+
+pub fn focused(run: &Run<'_>) -> Result<()> {
+    let case = run.case;
+    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|n| case.tensor(n));
+    let config = FocusedConfig {
+        heads: case.size("heads"),
+        focusing_factor: case.number("focusing_factor") as f32,
+        normaliser: normaliser(run),
+        relu_eps: case.number("relu_eps") as f32,
+        z_eps: case.number("z_eps") as f32,
+    };
+    let op = FocusedLinearAttention::new(config, &case.tensor("w.scale").data)?;
+    fn heads(t: &Array, heads: usize) -> Result<View<'_, f32, 4>> {
+        View::new(&t.data, t.shape::<3>())?.split_heads(heads)
+    }
+    let h = config.heads;
+    let ([b, n, c], [_, m, _], [.., wide]) = (q.shape(), k.shape::<3>(), v.shape::<3>());
+    let mut out = vec![f32::NAN; b * n * wide];
+    let view = ViewMut::new(&mut out, [b, n, wide])?.split_heads(config.heads)?;
+    op.forward(run.rt, heads(q, h)?, heads(k, h)?, heads(v, h)?, view)?;
+    run.check("out", &out);
+    for (name, x, len) in [("phi_q", q, n), ("phi_k", k, m)] {
+        let mut phi = vec![f32::NAN; b * len * c];
+        op.features(run.rt, heads(x, h)?, ViewMut::new(&mut phi, [b, len, c])?)?;
+        run.check(name, &phi);
+    }
+    Ok(())
+}
