@@ -4,6 +4,7 @@ use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
 use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
+use super::tiles_f32_pack::{copy, pack_columns, pack_rows, times, widen_rows};
 use core::marker::PhantomData;
 
 /// Register tiles of `MR` rows and `V` vectors.
@@ -78,21 +79,23 @@ unsafe fn add<L: Lanes, const M: usize, const W: usize>(
     // A unit distance known to the compiler saves half of the address arithmetic, whichever of the two it is.
     if s.steps == 1 {
         // SAFETY: as for this function.
-        unsafe { steps::<L, M, W, 1>(l, Strip { steps: 1, ..s }, acc) }
+        unsafe { steps::<L, M, W>(l, Strip { steps: 1, ..s }, acc) }
     } else {
         // SAFETY: as for this function; an operand without unit steps has unit rows.
-        unsafe { steps::<L, M, W, 4>(l, Strip { rows: 1, ..s }, acc) }
+        unsafe { steps::<L, M, W>(l, Strip { rows: 1, ..s }, acc) }
     }
 }
 
 /// # Safety
 /// As [`add`].
 #[inline(always)]
-unsafe fn steps<L: Lanes, const M: usize, const W: usize, const UNROLL: usize>(
+unsafe fn steps<L: Lanes, const M: usize, const W: usize>(
     l: L,
     s: Strip,
     mut acc: [[L::F; W]; M],
 ) -> [[L::F; W]; M] {
+    // Steps that share their addresses but for a constant.
+    const UNROLL: usize = 4;
     let mut p = 0;
     while p + UNROLL <= s.k {
         for u in 0..UNROLL {
@@ -128,6 +131,49 @@ unsafe fn step<L: Lanes, const M: usize, const W: usize>(
         let a = l.splat(unsafe { *s.a.add(i * s.rows + p * s.steps) });
         for j in 0..W {
             acc[i][j] = l.mul_add(a, b[j], acc[i][j]);
+        }
+    }
+}
+
+/// Asks for the next panel of a right operand while tiles read the present one: weights come from far away, and the
+/// first tile of a panel would wait for every line of it.
+struct Ahead {
+    at: usize,
+    end: usize,
+    /// Lines per tile.
+    lines: usize,
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// More lines at once would stand in the way of the loads of a tile.
+const MOST_LINES: usize = 32;
+
+impl Ahead {
+    /// For the tiles of `MR x width` at column `j`: each pass over a panel asks for its share of the next.
+    #[inline(always)]
+    fn new<const MR: usize>(p: &Product<'_, f32>, j: usize, width: usize) -> Self {
+        let none = Self { at: 0, end: 0, lines: 0 };
+        let (next, tiles) = ((j / PANEL + 1) * PANEL, p.m / MR);
+        let Some(term) = p.second.as_ref().filter(|_| next < p.n && tiles > 0) else {
+            return none;
+        };
+        let share = term.k * term.right.stride * size_of::<f32>() / PANEL * width;
+        let lines = share.div_ceil(LINE * tiles);
+        if lines > MOST_LINES {
+            return none;
+        }
+        let start = term.right.data.as_ptr().wrapping_add(next / PANEL * term.right.step) as usize;
+        let at = start + j % PANEL / width * share;
+        Self { at, end: at + share, lines }
+    }
+
+    #[inline(always)]
+    fn step<L: Lanes>(&mut self, l: L) {
+        let end = self.end.min(self.at + self.lines * LINE);
+        while self.at < end {
+            l.prefetch(self.at);
+            self.at += LINE;
         }
     }
 }
@@ -181,7 +227,9 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
     ) {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
+        let mut ahead = Ahead::new::<MR>(p, j, Self::NR);
         while i + MR <= p.m {
+            ahead.step(b.lanes());
             if p.lower && W > 1 && i + MR <= j + L::N {
                 Self::tile::<MR, 1, B, S>(b, p, i, j, sink);
             } else {
@@ -192,6 +240,9 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         if MR > 8 && i + 8 <= p.m {
             Self::tile::<8, W, B, S>(b, p, i, j, sink);
             i += 8;
+        }
+        if i + 5 == p.m {
+            return Self::tile::<5, W, B, S>(b, p, i, j, sink);
         }
         if i + 4 <= p.m {
             Self::tile::<4, W, B, S>(b, p, i, j, sink);
@@ -367,118 +418,4 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
             j += Self::NR;
         }
     }
-}
-
-/// Row-major to panels: a copy in pieces of a panel's width.
-#[inline(always)]
-fn pack_rows<L: Lanes>(l: L, src: &[f32], stride: usize, k: usize, n: usize, dst: &mut [f32]) {
-    for j in (0..n).step_by(PANEL) {
-        let width = PANEL.min(n - j);
-        let dst = &mut dst[j * k..][..k * PANEL];
-        for (p, d) in dst.chunks_exact_mut(PANEL).enumerate() {
-            let s = &src[p * stride + j..][..width];
-            if width == PANEL {
-                for lane in (0..PANEL).step_by(L::N) {
-                    l.store(&mut d[lane..], l.load(&s[lane..]));
-                }
-            } else {
-                for lane in (0..PANEL).step_by(L::N) {
-                    l.store(&mut d[lane..], l.load_head(&s[lane.min(width)..]));
-                }
-            }
-        }
-    }
-}
-
-/// As [`pack_rows`] for elements of another type.
-#[inline(always)]
-fn widen_rows<B: Backend, E: Storage>(
-    b: B,
-    src: &[E],
-    stride: usize,
-    k: usize,
-    n: usize,
-    dst: &mut [f32],
-) {
-    for j in (0..n).step_by(PANEL) {
-        let width = PANEL.min(n - j);
-        let dst = &mut dst[j * k..][..k * PANEL];
-        for (p, d) in dst.chunks_exact_mut(PANEL).enumerate() {
-            let (d, rest) = d.split_at_mut(width);
-            E::widen(b.convert(), &src[p * stride + j..][..width], d);
-            rest.fill(0.0);
-        }
-    }
-}
-
-/// Column-major to panels: square blocks of one vector's width, transposed in registers.
-#[inline(always)]
-fn pack_columns<B: Backend, E: Storage>(
-    b: B,
-    src: &[E],
-    stride: usize,
-    k: usize,
-    n: usize,
-    dst: &mut [f32],
-) {
-    let (l, lanes) = (b.lanes(), B::L::N);
-    for j in (0..n.next_multiple_of(PANEL)).step_by(lanes) {
-        let at = j / PANEL * PANEL * k + j % PANEL;
-        for p in (0..k).step_by(lanes) {
-            let depth = lanes.min(k - p);
-            let dst = &mut dst[at + p * PANEL..][..(depth - 1) * PANEL + lanes];
-            match E::as_f32(src) {
-                Some(src) if depth == lanes && j + lanes <= n => {
-                    let src = &src[j * stride + p..];
-                    l.transpose(
-                        |c| l.load(&src[c * stride..]),
-                        |r, x| l.store(&mut dst[r * PANEL..], x),
-                    );
-                }
-                _ => {
-                    let column = |c: usize| {
-                        let mut x = [0.0; MAX_LANES];
-                        if j + c < n {
-                            E::widen(
-                                b.convert(),
-                                &src[(j + c) * stride + p..][..depth],
-                                &mut x[..depth],
-                            );
-                        }
-                        l.load(&x)
-                    };
-                    l.transpose(column, |r, x| {
-                        if r < depth {
-                            l.store(&mut dst[r * PANEL..], x);
-                        }
-                    });
-                }
-            }
-        }
-    }
-}
-
-/// The widest vectors.
-const MAX_LANES: usize = 16;
-
-#[inline(always)]
-fn copy<B: Backend, E: Storage>(b: B, src: &[E], dst: &mut [f32]) {
-    let l = b.lanes();
-    let Some(src) = E::as_f32(src) else {
-        return E::widen(b.convert(), src, dst);
-    };
-    let ((s, s_tail), (d, d_tail)) = (l.split(src), l.split_mut(dst));
-    for (s, d) in s.iter().zip(d) {
-        *d = *s;
-    }
-    l.store_head(d_tail, l.load_head(s_tail));
-}
-
-#[inline(always)]
-fn times<L: Lanes>(l: L, factor: f32, row: &mut [f32]) {
-    let (full, tail) = l.split_mut(row);
-    for x in full {
-        *x = l.mul(*x, l.splat(factor));
-    }
-    l.store_head(tail, l.mul(l.load_head(tail), l.splat(factor)));
 }
