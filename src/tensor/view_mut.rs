@@ -151,7 +151,11 @@ impl<'a, T> ViewMut<'a, T, 4> {
     /// The matrix of the last two dimensions at the given outer indices, which must lie in one piece (panics
     /// otherwise).
     pub fn matrix_mut(&mut self, i: usize, j: usize) -> &mut [T] {
-        let [.., rows, cols] = self.layout.shape;
+        let [batch, heads, rows, cols] = self.layout.shape;
+        assert!(i < batch && j < heads, "matrix ({i}, {j}) outside of {:?}", self.layout.shape);
+        if rows * cols == 0 {
+            return &mut [];
+        }
         assert!(rows <= 1 || self.layout.strides[2] == cols, "rows of a matrix lie apart");
         let offset = self.layout.row_offset([i, j, 0, 0]);
         // SAFETY: the layout was proven to lie inside the borrowed slice; `row_offset` checked the indices, and
@@ -162,12 +166,13 @@ impl<'a, T> ViewMut<'a, T, 4> {
     /// The matrix of the last two dimensions at the given outer indices.
     #[must_use]
     pub fn head_rows(self, i: usize, j: usize) -> ViewMut<'a, T, 2> {
-        let [.., rows, cols] = self.layout.shape;
+        let [batch, heads, rows, cols] = self.layout.shape;
         let [.., outer, inner] = self.layout.strides;
-        let offset = self.layout.row_offset([i, j, 0, 0]);
+        assert!(i < batch && j < heads, "matrix ({i}, {j}) outside of {:?}", self.layout.shape);
+        let offset = if rows * cols == 0 { 0 } else { self.layout.row_offset([i, j, 0, 0]) };
         ViewMut {
             // SAFETY: a non-empty matrix begins at an element of this view.
-            ptr: unsafe { self.ptr.add(if rows * cols == 0 { 0 } else { offset }) },
+            ptr: unsafe { self.ptr.add(offset) },
             layout: Layout { shape: [rows, cols], strides: [outer, inner] },
             life: PhantomData,
         }
