@@ -3,9 +3,10 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
+use linattn::attention::mixed_chunk::{MixedChunkAttention, MixedChunkConfig};
 use linattn::attention::softmax::SoftmaxAttention;
 use linattn::attention::{Mask, State};
-use linattn::tensor::{Rng, Tensor};
+use linattn::tensor::{Rng, Tensor, View, ViewMut};
 use linattn::{Isa, Runtime};
 
 const HEADS: usize = 8;
@@ -50,5 +51,36 @@ fn attention(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, attention);
+fn one_head(t: &Tensor<4>) -> View<'_, f32, 3> {
+    let [batch, len, _, width] = t.shape();
+    View::new(t.as_slice(), [batch, len, width]).expect("one head")
+}
+
+/// The core of a FLASH layer of width 768.
+fn mixed_chunk(c: &mut Criterion) {
+    let mut group = c.benchmark_group("mixed-chunk");
+    group.sample_size(10);
+    let (len, s, e) = (2048, 128, 1536);
+    for isa in Isa::detected().filter(|i| *i != Isa::Amx) {
+        let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
+        let heads = [1, 2, 3, 4].map(|seed| normal([1, len, 1, s], seed));
+        let (v, mut out) = (normal([1, len, 1, e], 5), normal([1, len, 1, e], 6));
+        group.throughput(Throughput::Elements(len as u64));
+        for causal in [true, false] {
+            let op = MixedChunkAttention::new(MixedChunkConfig::package(256, causal));
+            let op = op.expect("a configuration");
+            let id = BenchmarkId::new(rt.kernel(), if causal { "causal" } else { "full" });
+            group.bench_function(id, |b| {
+                let qk = heads.each_ref().map(one_head);
+                b.iter(|| {
+                    let out = ViewMut::new(out.as_mut_slice(), [1, len, e]).expect("one head");
+                    op.forward(&rt, qk, one_head(&v), out, None)
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, attention, mixed_chunk);
 criterion_main!(benches);

@@ -2,7 +2,9 @@
 //! threads, and a harness has some of its own.
 
 use linattn::Runtime;
-use linattn::models::{Sampler, SamplerConfig, TransNormerConfig, TransNormerLlm};
+use linattn::models::{
+    Architecture, Decoder, FlashLmConfig, Sampler, SamplerConfig, TransNormerConfig,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -32,9 +34,9 @@ unsafe impl GlobalAlloc for Counting {
 static COUNTING: Counting = Counting;
 
 /// Allocations of `steps` decode steps after a prompt and one step.
-fn decode(rt: &Runtime, config: TransNormerConfig, batch: usize, steps: usize) -> usize {
-    let model = TransNormerLlm::random(config, 1).expect("a model");
-    let vocab = model.config().vocab_size;
+fn decode(rt: &Runtime, config: impl Architecture, batch: usize, steps: usize) -> usize {
+    let model = Decoder::random(config, 1).expect("a model");
+    let vocab = model.vocab_size();
     let mut state = model.new_state(batch).expect("a state");
     let mut logits = vec![0.0; batch * vocab];
     let prompt: Vec<u32> = (0..batch * 40).map(|t| (t % vocab) as u32).collect();
@@ -60,6 +62,9 @@ fn main() {
     let rt = Runtime::builder().threads(1).build().expect("a runtime");
     assert_eq!(decode(&rt, small(), 1, 10_000), 0, "one sequence");
     assert_eq!(decode(&rt, small(), 5, 1_000), 0, "five sequences");
+    // More steps than a chunk has rows: it is added up and begun again.
+    let flash = FlashLmConfig { group_size: 16, ..FlashLmConfig::sized(64, 32, 2) };
+    assert_eq!(decode(&rt, flash, 2, 500), 0, "chunks");
     #[cfg(feature = "parallel")]
     {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool");

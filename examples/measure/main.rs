@@ -7,6 +7,7 @@
 
 mod attention;
 mod decode;
+mod flash;
 mod gemm;
 mod timing;
 
@@ -29,6 +30,12 @@ enum What {
     LinearNoncausal,
     /// Softmax attention (`--causal` for the causal one).
     Softmax,
+    /// Mixed chunk attention (`--chunk`, `--s`, `--e`, `--causal`).
+    MixedChunk,
+    /// Quadratic attention without softmax (`--s`, `--e`, `--causal`).
+    Gau,
+    /// A whole FLASH layer (also `--d`).
+    FlashLayer,
     /// Tokens per second of a whole model (`--config`).
     GenerateDecode,
     /// One matrix product.
@@ -80,13 +87,22 @@ struct Args {
     /// Rows of a chunk (the library's choice if not given).
     #[arg(long)]
     chunk: Option<usize>,
+    /// Width of the queries and keys of a gated layer.
+    #[arg(long, default_value_t = 128)]
+    s: usize,
+    /// Width of the values of a gated layer.
+    #[arg(long, default_value_t = 1536)]
+    e: usize,
+    /// Width of a gated layer.
+    #[arg(long, default_value_t = 768)]
+    d: usize,
     /// Rows of a product.
     #[arg(long, default_value_t = 128)]
     m: usize,
     /// Shared dimension of a product.
     #[arg(long, default_value_t = 128)]
     k: usize,
-    /// Hide later keys from softmax attention.
+    /// Hide later keys.
     #[arg(long)]
     causal: bool,
     /// Model of generate_decode: 385m, 1b, or a checkpoint.
@@ -155,6 +171,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::Silence => decode::silence(&args, &rt)?,
         What::LinearNoncausal => attention::linear_noncausal(&args, &rt)?,
         What::Softmax => attention::softmax(&args, &rt)?,
+        What::MixedChunk => flash::mixed_chunk(&args, &rt)?,
+        What::Gau => flash::gau(&args, &rt)?,
+        What::FlashLayer => flash::flash_layer(&args, &rt)?,
         What::GenerateDecode => decode::generate_decode(&args, &rt)?,
         What::Gemm => gemm::gemm(&args, &rt),
     };

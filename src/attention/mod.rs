@@ -9,6 +9,8 @@ pub mod focused;
 pub mod lightning;
 pub mod linear;
 mod mask;
+pub mod mixed_chunk;
+pub mod quadratic;
 mod scale;
 pub mod softmax;
 mod state;

@@ -354,7 +354,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
 
 /// `out[j] = q . k_j`, as many as `out` has: vectors of partial sums, transposed so that lanes add up.
 #[inline(always)]
-fn dots<L: Lanes>(l: L, q: &[f32], k: Plain<'_>, out: &mut [f32]) {
+pub(crate) fn dots<L: Lanes>(l: L, q: &[f32], k: Plain<'_>, out: &mut [f32]) {
     const MAX_LANES: usize = 16;
     let mut sums = [l.zero(); MAX_LANES];
     for (j, out) in out.chunks_mut(L::N).enumerate() {
@@ -399,7 +399,7 @@ fn hide<L: Lanes>(l: L, bias: L::F, score: L::F) -> L::F {
 /// `out <- factor * out + sum p_j v_j`, without the keys that a bias hides. The order of operations is that of
 /// the tiled product.
 #[inline(always)]
-fn gather<L: Lanes>(
+pub(crate) fn gather<L: Lanes>(
     l: L,
     p: &[f32],
     v: Plain<'_>,

@@ -15,6 +15,38 @@ pub struct Add;
 #[derive(Clone, Copy, Debug)]
 pub struct Scale(pub f32);
 
+/// `out = [x * gamma_0 + beta_0 | x * gamma_1 + beta_1 | ..]`: several heads of one row.
+#[derive(Clone, Copy, Debug)]
+pub struct OffsetScale<'a> {
+    /// `[heads, width]`
+    pub gamma: &'a [f32],
+    /// `[heads, width]`
+    pub beta: &'a [f32],
+}
+
+/// `x * gamma + beta`
+#[derive(Clone, Copy)]
+struct Affine;
+
+impl<L: Lanes> Map<L, 3> for Affine {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [x, gamma, beta]: [L::F; 3]) -> L::F {
+        l.mul_add(x, gamma, beta)
+    }
+}
+
+impl RowKernel<1> for OffsetScale<'_> {
+    const COST: usize = 2;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
+        let s = x.len().max(1);
+        let heads = self.gamma.chunks_exact(s).zip(self.beta.chunks_exact(s));
+        for (out, (gamma, beta)) in out.chunks_exact_mut(s).zip(heads) {
+            map(l, Affine, [x, gamma, beta], out);
+        }
+    }
+}
+
 impl<L: Lanes> Map<L, 1> for Multiply {
     #[inline(always)]
     fn apply(self, l: L, old: L::F, [x]: [L::F; 1]) -> L::F {

@@ -14,6 +14,15 @@ pub struct RmsNorm<'a> {
     pub weight: Option<&'a [f32]>,
 }
 
+/// `factor * x / max(sqrt(mean(x^2)), eps)`
+#[derive(Clone, Copy, Debug)]
+pub struct ScaleNorm {
+    /// What a row's root mean square becomes.
+    pub factor: f32,
+    /// What is divided by at least.
+    pub eps: f32,
+}
+
 /// `(x - mean) / sqrt(var + eps)`, times a weight, plus a bias.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm<'a> {
@@ -181,6 +190,16 @@ impl RowKernel<1> for RmsNorm<'_> {
             Some(w) => map(l, f, [x, w], out),
             None => map(l, f, [x], out),
         }
+    }
+}
+
+impl RowKernel<1> for ScaleNorm {
+    const COST: usize = 6;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
+        let root = libm::sqrt(reduce(l, x, Square(0.0)) / x.len() as f64);
+        let scale = (f64::from(self.factor) / root.max(f64::from(self.eps))) as f32;
+        map(l, With(Affine { shift: 0.0, scale }, From), [x], out);
     }
 }
 

@@ -149,3 +149,33 @@ impl<L: Lanes, E: Element, C: Convert> Sink<L> for Narrow<'_, E, C> {
         E::narrow(self.convert, &row[..width], out);
     }
 }
+
+/// The sink that adds to one panel of a state: row `i` at `panel[i * PANEL ..]`.
+#[derive(Debug)]
+pub struct AddPanel<'a>(pub &'a mut [f32]);
+
+impl<L: Lanes> Sink<L> for AddPanel<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        let rows = &mut self.0[i * PANEL..][..M * PANEL];
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut rows[r * PANEL + j..][..V * L::N]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            for v in 0..V {
+                row[v] = l.add(row[v], acc[r][v]);
+            }
+        });
+    }
+}

@@ -5,6 +5,7 @@ mod block;
 mod conv2d;
 mod depthwise;
 mod feed_forward;
+pub mod flash;
 mod gla;
 mod linear;
 mod maps;
@@ -28,6 +29,9 @@ pub use block::Block;
 pub use conv2d::{Channels, Conv2d, Conv2dConfig};
 pub use depthwise::{DepthwiseConfig, DepthwiseConv2d};
 pub use feed_forward::{FeedForward, FeedForwardConfig};
+pub use flash::{
+    Flash, FlashConfig, FlashState, Gau, GauConfig, GauState, RelativeBias, ScaledSinusoid,
+};
 pub use gla::{GatedLinearAttention, GlaConfig};
 pub use linear::Linear;
 pub use minimax_lightning::{MiniMaxConfig, MiniMaxLightning};

@@ -2,7 +2,7 @@
 
 use super::rows::rows;
 use crate::error::{Error, Result, expect_shape};
-use crate::kernels::norm::{GatedNorm, LayerNorm, RmsNorm};
+use crate::kernels::norm::{GatedNorm, LayerNorm, RmsNorm, ScaleNorm};
 use crate::runtime::Runtime;
 use crate::tensor::{Tensor, View, ViewMut};
 
@@ -14,10 +14,11 @@ const OP: &str = "norm";
 /// |---|---|
 /// | [`simple_rms`](Self::simple_rms) | `x / sqrt(mean(x^2) + eps)` |
 /// | [`rms`](Self::rms) | `weight * x / sqrt(mean(x^2) + eps)` |
+/// | [`scale`](Self::scale) | `factor * x / max(sqrt(mean(x^2)), eps)` |
 /// | [`layer`](Self::layer) | `weight * (x - mean(x)) / sqrt(var(x) + eps) + bias` |
 ///
 /// Sources: SRMSNorm, TransNormerLLM (arXiv 2307.14995), section 3.3; RMSNorm (1910.07467); LayerNorm
-/// (1607.06450).
+/// (1607.06450); ScaleNorm (1910.05895), as the FLASH package has it.
 ///
 /// ```
 /// use linattn::{Runtime, layers::Norm, tensor::{View, ViewMut}};
@@ -37,6 +38,7 @@ pub struct Norm {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     Rms,
+    Scale(f32),
     Layer,
 }
 
@@ -55,6 +57,20 @@ impl Norm {
     /// As [`simple_rms`](Self::simple_rms).
     pub fn rms(weight: &[f32], eps: f32) -> Result<Self> {
         Self::build(Kind::Rms, Some(weight), None, eps)
+    }
+
+    /// ScaleNorm: one factor, any width. Rows whose root mean square is below `eps` are divided by `eps`.
+    ///
+    /// # Errors
+    /// As [`simple_rms`](Self::simple_rms), for an `eps` of 0, and for a factor that is not finite.
+    pub fn scale(factor: f32, eps: f32) -> Result<Self> {
+        if !factor.is_finite() {
+            return Err(Error::value(OP, "factor", "finite", factor));
+        }
+        if eps == 0.0 {
+            return Err(Error::value(OP, "eps", "positive", eps));
+        }
+        Self::build(Kind::Scale(factor), None, None, eps)
     }
 
     /// LayerNorm with optional weight and bias, one per column.
@@ -105,6 +121,7 @@ impl Norm {
     pub(super) fn run(&self, rt: &Runtime, x: View<'_, f32, 2>, out: ViewMut<'_, f32, 2>) {
         match self.kind {
             Kind::Rms => rows(rt, self.kernel(), [x], out),
+            Kind::Scale(factor) => rows(rt, ScaleNorm { factor, eps: self.eps }, [x], out),
             Kind::Layer => {
                 let op = LayerNorm {
                     eps: self.eps,

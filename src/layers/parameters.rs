@@ -3,7 +3,7 @@
 use super::{Linear, Norm, WeightFormat};
 use crate::error::{Error, Result};
 use crate::io::TensorSource;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, View};
 use alloc::string::{String, ToString};
 use core::fmt::Display;
 
@@ -77,8 +77,18 @@ impl<'a, T: TensorSource> Parameters<'a, T> {
         let tensor = self.tensor(&weight, shape)?;
         let bias = self.bias(name, shape[0], bias)?;
         let bias = bias.as_ref().map(Tensor::as_slice);
-        let linear = Linear::with_format(tensor.view(), bias, self.format);
-        linear.map_err(|e| self.blame(&weight, e))
+        self.linear_of(&weight, tensor.view(), bias)
+    }
+
+    /// A map of a weight that was made of tensors; `name` is the one to blame.
+    pub(super) fn linear_of(
+        &self,
+        name: &str,
+        weight: View<'_, f32, 2>,
+        bias: Option<&[f32]>,
+    ) -> Result<Linear> {
+        let linear = Linear::with_format(weight, bias, self.format);
+        linear.map_err(|e| self.blame(name, e))
     }
 
     /// `<name>.bias`, if it is wanted.

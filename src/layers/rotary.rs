@@ -153,6 +153,17 @@ impl Rope {
         2 * self.freq.len()
     }
 
+    /// Rotates as many pairs as there are frequencies, each by its own.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if one is not finite.
+    pub fn with_frequencies(style: RopeStyle, freq: &[f32]) -> Result<Self> {
+        match freq.iter().find(|f| !f.is_finite()) {
+            Some(bad) => Err(Error::value("rope", "freq", "finite", bad)),
+            None => Ok(Self { style, freq: freq.iter().copied().map(f64::from).collect() }),
+        }
+    }
+
     /// `x`, `out`: `[batch, len, heads, dim]` with `dim` at least `rot_dim`.
     ///
     /// # Errors

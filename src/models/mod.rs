@@ -2,11 +2,13 @@
 
 mod config;
 pub mod decoder;
+pub mod flash;
 pub mod sampling;
 pub mod transformer;
 pub mod transnormer_llm;
 
 pub use decoder::{Architecture, Decoder, DecoderState};
+pub use flash::{FlashLm, FlashLmConfig};
 pub use sampling::{Generate, Sampler, SamplerConfig};
 pub use transformer::{Transformer, TransformerConfig, TransformerState};
 pub use transnormer_llm::{TransNormerConfig, TransNormerLlm, TransNormerState};

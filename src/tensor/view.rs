@@ -125,6 +125,16 @@ impl<'a, E: Element, const N: usize> View<'a, E, N> {
     }
 }
 
+impl<'a, T> View<'a, T, 4> {
+    /// `[batch, len, dim]` of one head of a `[batch, len, heads, dim]` view. Panics if there is no such head.
+    #[must_use]
+    pub fn one_head(self, head: usize) -> View<'a, T, 3> {
+        let Self { data, layout } = self.slice(2, head, head + 1);
+        let ([batch, len, _, dim], [sb, sl, _, sd]) = (layout.shape, layout.strides);
+        View { data, layout: Layout { shape: [batch, len, dim], strides: [sb, sl, sd] } }
+    }
+}
+
 impl<'a, T> View<'a, T, 3> {
     /// The matrix of the last two dimensions at `i`. Panics outside of the shape.
     #[inline(always)]

@@ -4,10 +4,8 @@ use super::{Elem, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
 use crate::kernels::feature_map::map_rows;
 use crate::kernels::staging::{add_columns, partial_dot, rows_of};
-use crate::kernels::store::Narrow;
-use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
-};
+use crate::kernels::store::{AddPanel, Narrow};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Adds a block of keys and values to a state.
@@ -69,34 +67,6 @@ impl<B: Backend, E: Element> Kernel<B> for Read<'_, '_, B, E> {
         map_rows(b, self.form.map, self.q, [at, m], work.q, work.q_stride);
         weights(b.lanes(), self.form, [m, dk], work, self.z, false);
         read(b, [m, dk, dv], work, self.state, self.out, at, false);
-    }
-}
-
-struct Add<'a>(&'a mut [f32]);
-
-impl<L: Lanes> Sink<L> for Add<'_> {
-    #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
-    fn put_tile<const M: usize, const V: usize>(
-        &mut self,
-        l: L,
-        i: usize,
-        j: usize,
-        _: usize,
-        acc: &[[L::F; V]; M],
-    ) {
-        let rows = &mut self.0[i * PANEL..][..M * PANEL];
-        each_row!(r < M => {
-            let (row, _) = l.split_mut(&mut rows[r * PANEL + j..][..V * L::N]);
-            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-            for v in 0..V {
-                row[v] = l.add(row[v], acc[r][v]);
-            }
-        });
     }
 }
 
@@ -187,7 +157,7 @@ pub(super) fn absorb<B: Backend>(
     let left = t.pack_left(b, left, None, dk, m, work.left_k);
     for j in (0..dv).step_by(PANEL) {
         let product = product(dk, PANEL.min(dv - j), values::<B>(left, work.values, m, j), None);
-        let (sink, ahead) = (Add(&mut state[j * dk..][..PANEL * dk]), &mut work.ahead);
+        let (sink, ahead) = (AddPanel(&mut state[j * dk..][..PANEL * dk]), &mut work.ahead);
         t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
     }
 }

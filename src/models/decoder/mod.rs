@@ -9,9 +9,9 @@ pub use weights::Maps;
 use crate::attention::StreamState;
 use crate::error::{Error, Result, expect_shape};
 use crate::io::TensorSource;
-use crate::layers::{Block, Linear, Norm, WeightFormat};
+use crate::layers::{Block, Linear, Norm, ScaledSinusoid, WeightFormat};
 use crate::runtime::Runtime;
-use crate::scratch::bytes_of;
+use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{View, ViewMut};
 use alloc::vec::Vec;
 use core::fmt::Debug;
@@ -70,6 +70,8 @@ pub struct Parts<B> {
     pub embed: Option<Linear>,
     /// Factor of embeddings.
     pub embed_scale: f32,
+    /// Added to embeddings, if positions are.
+    pub positions: Option<ScaledSinusoid>,
     /// The stack.
     pub blocks: Vec<B>,
     /// Before the head.
@@ -83,7 +85,7 @@ type StateOf<C> = <<C as Architecture>::Block as Block>::State;
 /// A language model that reads tokens in order: prompts of any length, then token by token.
 ///
 /// ```text
-/// x = embed[token] * embed_scale
+/// x = embed[token] * embed_scale           plus the position, if positions are added
 /// x = block_L( .. block_1(x))
 /// logits = norm(x) W_head^T                W_head is the embedding when tied
 /// ```
@@ -97,6 +99,7 @@ pub struct Decoder<C: Architecture> {
     hash: u64,
     embed: Option<Linear>,
     embed_scale: f32,
+    positions: Option<ScaledSinusoid>,
     blocks: Vec<C::Block>,
     norm: Norm,
     head: Linear,
@@ -154,11 +157,11 @@ impl<C: Architecture> Decoder<C> {
         format: WeightFormat,
     ) -> Result<Self> {
         config.check()?;
-        let Parts { embed, embed_scale, blocks, norm, head } =
+        let Parts { embed, embed_scale, positions, blocks, norm, head } =
             config.build(&Maps { tensors, format })?;
         let mut hash = Fnv::default();
         config.fingerprint(&mut hash);
-        Ok(Self { config, hash: hash.value(), embed, embed_scale, blocks, norm, head })
+        Ok(Self { config, hash: hash.value(), embed, embed_scale, positions, blocks, norm, head })
     }
 
     /// Random weights of unit gain, for measurements and tests.
@@ -319,11 +322,7 @@ impl<C: Architecture> Decoder<C> {
             let expected = alloc::format!("a multiple of the batch, {}", state.batch);
             return Err(Error::shape(OP, "tokens", expected, tokens.len()));
         }
-        let vocab = self.vocab_size();
-        if let Some(bad) = tokens.iter().find(|t| **t as usize >= vocab) {
-            let expected = alloc::format!("below {vocab}");
-            return Err(Error::value(OP, "tokens", expected, bad));
-        }
+        self.check_tokens(tokens)?;
         let most = self.config.max_len().unwrap_or(usize::MAX);
         let len = tokens.len() / state.batch;
         if state.len().checked_add(len).is_none_or(|n| n > most) {
@@ -331,6 +330,49 @@ impl<C: Architecture> Decoder<C> {
             return Err(Error::value(OP, "state", expected, state.len()));
         }
         Ok(())
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let vocab = self.vocab_size();
+        match tokens.iter().find(|t| **t as usize >= vocab) {
+            None => Ok(()),
+            Some(bad) => Err(Error::value(OP, "tokens", alloc::format!("below {vocab}"), bad)),
+        }
+    }
+
+    /// Whole sequences through blocks that `run` knows how to call: `tokens` is `[batch, len]`, `logits`
+    /// `[batch, len, vocab]`.
+    pub(super) fn whole(
+        &self,
+        rt: &Runtime,
+        tokens: &[u32],
+        batch: usize,
+        logits: &mut [f32],
+        run: impl Fn(&C::Block, &mut [f32], Cut<'_>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        self.check_tokens(tokens)?;
+        let (n, width, len) = (tokens.len(), self.width(), tokens.len() / batch);
+        let expected = n.checked_mul(self.vocab_size());
+        let expected = [expected.ok_or_else(|| Error::value(OP, "tokens", "fewer", n))?];
+        expect_shape(OP, "logits", "[batch * len * vocab]", expected, [logits.len()])?;
+        let logits = ViewMut::new(logits, [batch, len, self.vocab_size()])?;
+        if n == 0 {
+            return Ok(());
+        }
+        let head = self.head_bytes(rt, len);
+        let floats = 2 * bytes_of::<f32>(n * width);
+        let need = floats + head + bytes_of::<u8>(self.block_bytes(rt, n));
+        rt.enter(|| {
+            rt.with_scratch(need, |mut cut| {
+                let [stream, normed] = [n * width; 2].map(|n| cut.take::<f32>(n));
+                let (head, work) = (cut.take::<u8>(head), cut.take::<u8>(self.block_bytes(rt, n)));
+                self.embed(tokens, [len, 0, 0], stream);
+                self.blocks.iter().try_for_each(|b| run(b, stream, Cut::new(&mut *work)))?;
+                let mut want = Want::All(logits);
+                self.logits(rt, stream, normed, batch, [0, len, len], &mut want, head);
+                Ok(())
+            })
+        })?
     }
 
     /// A checked call, segment by segment.
@@ -358,7 +400,7 @@ impl<C: Architecture> Decoder<C> {
                 for from in (0..len).step_by(step) {
                     let to = len.min(from + step);
                     let stream = &mut stream[..batch * (to - from) * self.width()];
-                    self.embed(tokens, len, from, stream);
+                    self.embed(tokens, [len, from, state.len()], stream);
                     self.blocks(rt, stream, state, work)?;
                     self.logits(rt, stream, normed, batch, [from, to, len], &mut want, head);
                 }
@@ -367,8 +409,8 @@ impl<C: Architecture> Decoder<C> {
         })?
     }
 
-    /// Tokens `from ..` of every sequence, as many as `stream` has rows for.
-    fn embed(&self, tokens: &[u32], len: usize, from: usize, stream: &mut [f32]) {
+    /// Tokens `from ..` of every sequence of `len`, as many as `stream` has rows for, the first at `position`.
+    fn embed(&self, tokens: &[u32], [len, from, position]: [usize; 3], stream: &mut [f32]) {
         let width = self.width();
         let sequences = tokens.len() / len;
         let step = stream.len() / width / sequences;
@@ -377,6 +419,9 @@ impl<C: Architecture> Decoder<C> {
             self.embed.as_ref().unwrap_or(&self.head).weight_row(token, row);
             if self.embed_scale != 1.0 {
                 row.iter_mut().for_each(|x| *x *= self.embed_scale);
+            }
+            if let Some(positions) = &self.positions {
+                positions.add(position + i % step, row);
             }
         }
     }
@@ -390,7 +435,7 @@ impl<C: Architecture> Decoder<C> {
     ) -> Result<()> {
         let before = state.len();
         for (block, layer) in self.blocks.iter().zip(&mut state.layers) {
-            let cut = crate::scratch::Cut::new(&mut *work);
+            let cut = Cut::new(&mut *work);
             if let Err(e) = block.run(rt, stream, state.batch, layer, cut) {
                 // Only memory can be short here, and the first layer refuses before anything has changed.
                 state.torn = state.layers[0].len() != before;

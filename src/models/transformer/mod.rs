@@ -111,6 +111,7 @@ impl Architecture for TransformerConfig {
         Ok(Parts {
             embed,
             embed_scale: 1.0,
+            positions: None,
             blocks: blocks.collect::<Result<_>>()?,
             norm: self.norm(maps, "norm")?,
             head,

@@ -88,6 +88,7 @@ impl Architecture for TransNormerConfig {
                 true => 1.0,
                 false => libm::sqrt(self.embed_dim as f64) as f32,
             },
+            positions: None,
             blocks: blocks.collect::<Result<_>>()?,
             norm: Norm::simple_rms(self.norm_eps)?,
             head,

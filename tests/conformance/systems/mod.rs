@@ -2,9 +2,11 @@
 //!
 //! A new system is one function and one line of [`SYSTEMS`].
 
+mod flash;
 mod layers;
 mod lightning;
 mod linear;
+mod mixed_chunk;
 mod model;
 mod softmax;
 mod transformer;
@@ -22,6 +24,8 @@ const SYSTEMS: &[(&str, System)] = &[
     ("checkpoint", model::checkpoint),
     ("depthwise_conv2d", vision_ops::depthwise),
     ("focused_linear_attention", vision_ops::focused),
+    ("flash", flash::flash),
+    ("gau", flash::gau),
     ("lightning_attention", lightning::attention),
     ("lightning_decode", lightning::decode),
     ("lightning_slopes", lightning::slopes),
@@ -29,6 +33,9 @@ const SYSTEMS: &[(&str, System)] = &[
     ("linear_attention", linear::attention),
     ("lrpe", layers::lrpe),
     ("minimax.lightning", layers::minimax),
+    ("mixed_chunk_attention", mixed_chunk::attention),
+    ("mixed_chunk_decode", mixed_chunk::decode),
+    ("model.flash_lm", flash::model),
     ("model.transnormerllm", model::transnormer),
     ("rope", layers::rope),
     ("softmax_attention", softmax::attention),
