@@ -21,7 +21,7 @@ trait Function: Copy + Send + Sync {
 }
 
 macro_rules! function {
-    ($type:ident, $name:ident, $ulp:literal, $seams:expr, $exact:expr) => {
+    ($type:ident, $name:ident, $ulp:expr, $seams:expr, $exact:expr) => {
         #[derive(Clone, Copy)]
         struct $type;
         impl Function for $type {
@@ -51,6 +51,9 @@ function!(Gelu, gelu, 4.0, [-13.146247, 13.146247], |x: f64| {
     let tail = libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
     if x == f64::NEG_INFINITY { 0.0 } else { 0.5 * x * tail }
 });
+
+// Its bound is absolute: a test of its own.
+function!(GeluNear, gelu_near, f64::INFINITY, [], Gelu::exact);
 
 /// `y = F(x)` as one kernel.
 struct Apply<'a, F> {
@@ -232,6 +235,19 @@ tests! {
     Gelu: gelu_is_within_4_ulp, gelu_is_within_4_ulp_everywhere;
 }
 
+#[test]
+fn gelu_near_is_within_2_to_the_minus_22() {
+    let x: Vec<f32> = (0..=u32::MAX).step_by(4099).map(f32::from_bits).collect();
+    for rt in runtimes() {
+        for (x, y) in x.iter().zip(values(GeluNear, &rt, &x)) {
+            let (x, want) = (f64::from(*x), GeluNear::exact(f64::from(*x)));
+            let bound = 2f64.powi(-22) * x.abs().max(1.0);
+            let near = (f64::from(y) - want).abs() <= bound || f64::from(y) == want;
+            assert!(near || x.is_nan() && y.is_nan(), "gelu_near({x}) = {y}, not {want}");
+        }
+    }
+}
+
 fn values<F: Function>(function: F, rt: &Runtime, x: &[f32]) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len()];
     rt.run(Apply { function, x, y: &mut y });
@@ -248,6 +264,7 @@ fn limits_and_zeros_are_exact() {
         assert_eq!(values(Sigmoid, &rt, &ends), [0.0, 1.0, 0.5], "sigmoid on {isa}");
         assert_eq!(values(Silu, &rt, &ends), [0.0, INF, 0.0], "silu on {isa}");
         assert_eq!(values(Gelu, &rt, &ends), [0.0, INF, 0.0], "gelu on {isa}");
+        assert_eq!(values(GeluNear, &rt, &ends), [0.0, INF, 0.0], "gelu_near on {isa}");
         assert_eq!(values(Tanh, &rt, &ends), [-1.0, 1.0, 0.0], "tanh on {isa}");
         assert_eq!(values(Erf, &rt, &ends), [-1.0, 1.0, 0.0], "erf on {isa}");
         let ln = values(Ln, &rt, &[0.0, -0.0, 1.0, INF, -INF, -1e-45]);

@@ -160,15 +160,18 @@ fn config(scope: Scope, mechanism: Mechanism) -> VisionAttentionConfig {
     VisionAttentionConfig { dim: 64, heads: 4, map: [6, 6], scope, mechanism, qkv_bias: true }
 }
 
-const MECHANISMS: [Mechanism; 1] = [Mechanism::Softmax];
+fn mechanisms() -> [Mechanism; 3] {
+    [Mechanism::Softmax, Mechanism::Agent { agents: 9 }, Mechanism::focused()]
+}
 
 #[test]
 fn the_number_of_threads_does_not_matter() {
     let mut rng = Rng::new(13);
     for isa in support::isas() {
-        for (scope, mechanism) in scopes().into_iter().flat_map(|s| MECHANISMS.map(|m| (s, m))) {
+        for (scope, mechanism) in scopes().into_iter().flat_map(|s| mechanisms().map(|m| (s, m))) {
             let attention = config(scope, mechanism);
-            let config = VisionBlockConfig { attention, mlp_hidden: 256, norm_eps: 1e-6 };
+            let config =
+                VisionBlockConfig { attention, mlp_hidden: 256, mlp_conv: false, norm_eps: 1e-6 };
             let random = Random(1);
             let block = VisionBlock::load(config, &Parameters::new(&random)).expect("a block");
             let shape = [8, attention.tokens(), attention.dim];
@@ -232,9 +235,11 @@ fn impossible_configurations_are_refused() {
         ..MapAttentionConfig::whole(8, 2, [6, 6], Mechanism::Softmax)
     };
     refused(MapAttention::load(part, &Parameters::new(&random)), "window");
-    let block = VisionBlockConfig { attention: fine, mlp_hidden: 0, norm_eps: 1e-6 };
+    let block =
+        VisionBlockConfig { attention: fine, mlp_hidden: 0, mlp_conv: false, norm_eps: 1e-6 };
     refused(VisionBlock::load(block, &Parameters::new(&random)), "mlp_hidden");
-    let block = VisionBlockConfig { attention: fine, mlp_hidden: 8, norm_eps: -1.0 };
+    let block =
+        VisionBlockConfig { attention: fine, mlp_hidden: 8, mlp_conv: false, norm_eps: -1.0 };
     refused(VisionBlock::load(block, &Parameters::new(&random)), "eps");
     refused(PatchMerging::load(8, [3, 2], 1e-5, &Parameters::new(&random)), "map");
     refused(PatchMerging::load(0, [2, 2], 1e-5, &Parameters::new(&random)), "dim");
@@ -268,7 +273,7 @@ fn wrong_arguments_are_refused_and_outputs_untouched() {
     refused(call([2, 35, 64], [2, 36, 64], 64), "x");
     refused(call([2, 36, 63], [2, 36, 64], 64), "x");
     refused(call([2, 36, 64], [1, 36, 64], 64), "out");
-    let config = VisionBlockConfig { attention, mlp_hidden: 8, norm_eps: 1e-6 };
+    let config = VisionBlockConfig { attention, mlp_hidden: 8, mlp_conv: false, norm_eps: 1e-6 };
     let block = VisionBlock::load(config, &Parameters::new(&random)).expect("a block");
     let mut x = vec![7.0f32; 2 * 36 * 70];
     let apart = ViewMut::with_strides(&mut x, [2, 36, 64], [36 * 70, 70, 1]).expect("a stream");

@@ -9,6 +9,7 @@ pub mod focused;
 pub mod lightning;
 pub mod linear;
 mod mask;
+pub mod merge;
 pub mod mixed_chunk;
 pub mod quadratic;
 mod scale;

@@ -111,6 +111,18 @@ impl<L: Lanes, F: Map<L, 0>> Map<L, 1> for Gated<F> {
     }
 }
 
+/// `out = gelu(out)` as [`math::gelu_near`] has it: enough inside of a layer, where rows are summed.
+#[derive(Clone, Copy, Debug)]
+pub struct GeluNear;
+
+impl RowKernel<0> for GeluNear {
+    const COST: usize = 16;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, _: [&[f32]; 0], out: &mut [f32]) {
+        map(l, Near, [], out);
+    }
+}
+
 /// Applies `act` to a row in place. NaN stays NaN.
 #[inline(always)]
 pub fn activate<L: Lanes>(l: L, act: Activation, row: &mut [f32]) {
@@ -149,6 +161,7 @@ functions! {
     Silu: |l, x| math::silu(l, x);
     Sigmoid: |l, x| math::sigmoid(l, x);
     Gelu: |l, x| math::gelu(l, x);
+    Near: |l, x| math::gelu_near(l, x);
     Relu: |l, x| l.select(l.le(x, l.zero()), l.zero(), x);
     SquaredRelu: |l, x| {
         let y = l.select(l.le(x, l.zero()), l.zero(), x);

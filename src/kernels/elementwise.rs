@@ -11,6 +11,10 @@ pub struct Multiply;
 #[derive(Clone, Copy, Debug)]
 pub struct Add;
 
+/// `out = in + in`
+#[derive(Clone, Copy, Debug)]
+pub struct Sum;
+
 /// `out = factor * out`
 #[derive(Clone, Copy, Debug)]
 pub struct Scale(pub f32);
@@ -47,6 +51,57 @@ impl RowKernel<1> for OffsetScale<'_> {
     }
 }
 
+/// `out[o] = sum_h weights[o, h] in[h, o]`: heads mix their maps after they were applied; `in` is
+/// `[heads, heads, width]`, `out` `[heads, width]`.
+#[derive(Clone, Copy, Debug)]
+pub struct MixHeads<'a> {
+    /// `[heads, heads]`
+    pub weights: &'a [f32],
+    /// Number of heads.
+    pub heads: usize,
+}
+
+/// `out[h] = in[h] out[h]`: one factor per head, `out` is `[heads, width]`.
+#[derive(Clone, Copy, Debug)]
+pub struct GateHeads;
+
+/// `out + factor * in`
+#[derive(Clone, Copy)]
+struct AddScaled(f32);
+
+impl<L: Lanes> Map<L, 1> for AddScaled {
+    #[inline(always)]
+    fn apply(self, l: L, old: L::F, [x]: [L::F; 1]) -> L::F {
+        l.mul_add(x, l.splat(self.0), old)
+    }
+}
+
+impl RowKernel<1> for MixHeads<'_> {
+    const COST: usize = 16;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [maps]: [&[f32]; 1], out: &mut [f32]) {
+        let width = out.len() / self.heads;
+        out.fill(0.0);
+        for (h, head) in maps.chunks_exact(self.heads * width).enumerate() {
+            for (o, out) in out.chunks_exact_mut(width).enumerate() {
+                let factor = self.weights[o * self.heads + h];
+                map(l, AddScaled(factor), [&head[o * width..]], out);
+            }
+        }
+    }
+}
+
+impl RowKernel<1> for GateHeads {
+    const COST: usize = 2;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [gates]: [&[f32]; 1], out: &mut [f32]) {
+        let width = out.len() / gates.len();
+        for (gate, out) in gates.iter().zip(out.chunks_exact_mut(width)) {
+            map(l, Scale(*gate), [], out);
+        }
+    }
+}
+
 impl<L: Lanes> Map<L, 1> for Multiply {
     #[inline(always)]
     fn apply(self, l: L, old: L::F, [x]: [L::F; 1]) -> L::F {
@@ -58,6 +113,13 @@ impl<L: Lanes> Map<L, 1> for Add {
     #[inline(always)]
     fn apply(self, l: L, old: L::F, [x]: [L::F; 1]) -> L::F {
         l.add(old, x)
+    }
+}
+
+impl<L: Lanes> Map<L, 2> for Sum {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [x, y]: [L::F; 2]) -> L::F {
+        l.add(x, y)
     }
 }
 
@@ -80,6 +142,14 @@ impl RowKernel<1> for Add {
     const COST: usize = 2;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, ins: [&[f32]; 1], out: &mut [f32]) {
+        map(l, *self, ins, out);
+    }
+}
+
+impl RowKernel<2> for Sum {
+    const COST: usize = 2;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, ins: [&[f32]; 2], out: &mut [f32]) {
         map(l, *self, ins, out);
     }
 }

@@ -35,11 +35,11 @@ pub struct Gemm<'a, S, E> {
     pub store: Store<'a>,
 }
 
-/// Scratch bytes of [`gemm`].
+/// Scratch bytes of [`gemm`]. Never less for more rows.
 #[must_use]
 pub fn gemm_bytes<T: Tiles>(m: usize, k: usize) -> usize {
     let (mc, kc) = block::<T>(m, k);
-    bytes_of::<T::Elem>(T::left_len(mc, kc))
+    bytes_of::<T::Elem>(T::left_len(mc, kc).max(T::left_len(m.min(SKINNY), k)))
 }
 
 /// Scratch bytes of [`matmul`].

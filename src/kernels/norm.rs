@@ -1,9 +1,11 @@
 //! Norms of rows: `y = (x - mean) * rho * weight + bias`, `rho = 1 / sqrt(mean square + eps)`.
 //!
-//! Sums run in four vectors of partial sums, the last steps in `f64`.
+//! Sums run in four vectors of partial sums. With a mean, as many rows are taken at a time as a vector has lanes, so that
+//! what is done once per row is done for all of them at once; without, the last steps are in `f64`.
 
 use super::rows::{Map, RowKernel, map};
 use crate::simd::{Lanes, math};
+use crate::tensor::{View, ViewMut};
 
 /// `x / sqrt(mean(x^2) + eps)`, times a weight if there is one; from the input, or in place without one.
 #[derive(Clone, Copy, Debug)]
@@ -43,20 +45,22 @@ pub struct GatedNorm<'a> {
     pub sigmoid: bool,
 }
 
-/// `sum f(x)` over a row.
+/// `mean(x^2)`
 #[inline(always)]
-fn reduce<L: Lanes>(l: L, row: &[f32], f: impl Term<L>) -> f64 {
+fn mean_square<L: Lanes>(l: L, row: &[f32]) -> f64 {
     const PARTS: usize = 4;
     let mut acc = [l.zero(); PARTS];
     let mut j = 0;
     while j + PARTS * L::N <= row.len() {
         for (u, acc) in acc.iter_mut().enumerate() {
-            *acc = f.add(l, l.load(&row[j + u * L::N..]), *acc);
+            let x = l.load(&row[j + u * L::N..]);
+            *acc = l.mul_add(x, x, *acc);
         }
         j += PARTS * L::N;
     }
     while j + L::N <= row.len() {
-        acc[0] = f.add(l, l.load(&row[j..]), acc[0]);
+        let x = l.load(&row[j..]);
+        acc[0] = l.mul_add(x, x, acc[0]);
         j += L::N;
     }
     let mut sum = 0.0;
@@ -64,50 +68,15 @@ fn reduce<L: Lanes>(l: L, row: &[f32], f: impl Term<L>) -> f64 {
         sum += f64::from(l.sum(acc));
     }
     for x in &row[j..] {
-        sum += f.one(*x);
+        sum += f64::from(*x) * f64::from(*x);
     }
-    sum
+    sum / row.len() as f64
 }
 
-trait Term<L: Lanes>: Copy {
-    fn add(self, l: L, x: L::F, acc: L::F) -> L::F;
-    fn one(self, x: f32) -> f64;
-}
-
-#[derive(Clone, Copy)]
-struct Plain;
-impl<L: Lanes> Term<L> for Plain {
-    #[inline(always)]
-    fn add(self, l: L, x: L::F, acc: L::F) -> L::F {
-        l.add(acc, x)
-    }
-    #[inline(always)]
-    fn one(self, x: f32) -> f64 {
-        f64::from(x)
-    }
-}
-
-/// `(x - c)^2`
-#[derive(Clone, Copy)]
-struct Square(f32);
-impl<L: Lanes> Term<L> for Square {
-    #[inline(always)]
-    fn add(self, l: L, x: L::F, acc: L::F) -> L::F {
-        let d = l.sub(x, l.splat(self.0));
-        l.mul_add(d, d, acc)
-    }
-    #[inline(always)]
-    fn one(self, x: f32) -> f64 {
-        let d = f64::from(x - self.0);
-        d * d
-    }
-}
-
-/// `1 / sqrt(mean((x - c)^2) + eps)`
+/// `1 / sqrt(mean(x^2) + eps)`
 #[inline(always)]
-fn inverse_root<L: Lanes>(l: L, row: &[f32], c: f32, eps: f32) -> f32 {
-    let mean = reduce(l, row, Square(c)) / row.len() as f64;
-    (1.0 / libm::sqrt(mean + f64::from(eps))) as f32
+fn inverse_root<L: Lanes>(l: L, row: &[f32], eps: f32) -> f32 {
+    (1.0 / libm::sqrt(mean_square(l, row) + f64::from(eps))) as f32
 }
 
 /// `(x - shift) * scale`, of the input or of what is there.
@@ -180,11 +149,100 @@ impl<L: Lanes> Map<L, 2> for With<Through> {
     }
 }
 
+/// Lanes of the widest vector.
+const WIDEST: usize = 16;
+
+/// `sum (x - c)` and `sum (x - c)^2` of a row, lane by lane.
+#[inline(always)]
+fn moments<L: Lanes>(l: L, row: &[f32], c: f32) -> [L::F; 2] {
+    const ONES: [f32; WIDEST] = [1.0; WIDEST];
+    const PARTS: usize = 4;
+    let (c, (full, tail)) = (l.splat(c), l.split(row));
+    let mut sums = [[l.zero(); PARTS]; 2];
+    let mut groups = full.chunks_exact(PARTS);
+    for x in &mut groups {
+        for u in 0..PARTS {
+            let d = l.sub(x[u], c);
+            sums[0][u] = l.add(sums[0][u], d);
+            sums[1][u] = l.mul_add(d, d, sums[1][u]);
+        }
+    }
+    for (u, x) in groups.remainder().iter().enumerate() {
+        let d = l.sub(*x, c);
+        sums[0][u] = l.add(sums[0][u], d);
+        sums[1][u] = l.mul_add(d, d, sums[1][u]);
+    }
+    if !tail.is_empty() {
+        let inside = l.lt(l.zero(), l.load_head(&ONES[..tail.len()]));
+        let d = l.select(inside, l.sub(l.load_head(tail), c), l.zero());
+        sums[0][3] = l.add(sums[0][3], d);
+        sums[1][3] = l.mul_add(d, d, sums[1][3]);
+    }
+    sums.map(|[a, b, c, d]| l.add(l.add(a, b), l.add(c, d)))
+}
+
+/// `sum x` of a row, lane by lane.
+#[inline(always)]
+fn total<L: Lanes>(l: L, row: &[f32]) -> L::F {
+    const PARTS: usize = 4;
+    let (full, tail) = l.split(row);
+    let mut sums = [l.zero(); PARTS];
+    let mut groups = full.chunks_exact(PARTS);
+    for x in &mut groups {
+        for u in 0..PARTS {
+            sums[u] = l.add(sums[u], x[u]);
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(groups.remainder()) {
+        *sum = l.add(*sum, *x);
+    }
+    let [a, b, c, d] = sums;
+    l.add(l.add(a, b), l.add(c, l.add(d, l.load_head(tail))))
+}
+
+/// The sums of the lanes of each of some vectors, the first in the first lane.
+#[inline(always)]
+fn across<L: Lanes>(l: L, parts: &[L::F; WIDEST]) -> L::F {
+    let mut sum = l.zero();
+    l.transpose(|r| parts[r], |_, x| sum = l.add(sum, x));
+    sum
+}
+
+/// What rows are shifted and scaled by, as many at a time as there are lanes.
+#[inline(always)]
+fn affine_rows<L: Lanes>(
+    l: L,
+    x: View<'_, f32, 2>,
+    first: usize,
+    rows: usize,
+    eps: f32,
+) -> [[f32; WIDEST]; 2] {
+    let width = x.shape()[1].max(1) as f32;
+    let (mut parts, mut squares) = ([l.zero(); WIDEST], [l.zero(); WIDEST]);
+    let mut shifts = [0.0; WIDEST];
+    for (r, part) in parts[..rows].iter_mut().enumerate() {
+        *part = total(l, x.row([first + r, 0]));
+    }
+    l.store(&mut shifts, l.div(across(l, &parts), l.splat(width)));
+    for r in 0..rows {
+        [parts[r], squares[r]] = moments(l, x.row([first + r, 0]), shifts[r]);
+    }
+    // What rounding left of the mean.
+    let rest = l.div(across(l, &parts), l.splat(width));
+    let square = l.neg_mul_add(rest, rest, l.div(across(l, &squares), l.splat(width)));
+    let shift = l.add(l.load(&shifts), rest);
+    l.store(&mut shifts, shift);
+    let mut scales = [0.0; WIDEST];
+    let root = l.sqrt(l.add(square, l.splat(eps)));
+    l.store(&mut scales, l.div(l.splat(1.0), root));
+    [shifts, scales]
+}
+
 impl RowKernel<1> for RmsNorm<'_> {
     const COST: usize = 6;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
-        let scale = inverse_root(l, x, 0.0, self.eps);
+        let scale = inverse_root(l, x, self.eps);
         let f = With(Affine { shift: 0.0, scale }, From);
         match self.weight {
             Some(w) => map(l, f, [x, w], out),
@@ -197,19 +255,15 @@ impl RowKernel<1> for ScaleNorm {
     const COST: usize = 6;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
-        let root = libm::sqrt(reduce(l, x, Square(0.0)) / x.len() as f64);
+        let root = libm::sqrt(mean_square(l, x));
         let scale = (f64::from(self.factor) / root.max(f64::from(self.eps))) as f32;
         map(l, With(Affine { shift: 0.0, scale }, From), [x], out);
     }
 }
 
-impl RowKernel<1> for LayerNorm<'_> {
-    const COST: usize = 8;
+impl LayerNorm<'_> {
     #[inline(always)]
-    fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
-        let shift = (reduce(l, x, Plain) / x.len() as f64) as f32;
-        let scale = inverse_root(l, x, shift, self.eps);
-        let f = With(Affine { shift, scale }, From);
+    fn apply<L: Lanes>(&self, l: L, f: With<From>, x: &[f32], out: &mut [f32]) {
         match (self.weight, self.bias) {
             (Some(w), Some(b)) => map(l, f, [x, w, b], out),
             (Some(w), None) => map(l, f, [x, w], out),
@@ -223,11 +277,35 @@ impl RowKernel<1> for LayerNorm<'_> {
     }
 }
 
+impl RowKernel<1> for LayerNorm<'_> {
+    const COST: usize = 8;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
+        let row = View::new(x, [1, x.len()]).expect("a row");
+        let [shifts, scales] = affine_rows(l, row, 0, 1, self.eps);
+        self.apply(l, With(Affine { shift: shifts[0], scale: scales[0] }, From), x, out);
+    }
+
+    #[inline(always)]
+    fn rows<L: Lanes>(&self, l: L, [x]: [View<'_, f32, 2>; 1], mut out: ViewMut<'_, f32, 2>) {
+        let n = out.shape()[0];
+        for first in (0..n).step_by(L::N) {
+            let rows = L::N.min(n - first);
+            let [shifts, scales] = affine_rows(l, x, first, rows, self.eps);
+            for r in 0..rows {
+                let affine = Affine { shift: shifts[r], scale: scales[r] };
+                let row = x.row([first + r, 0]);
+                self.apply(l, With(affine, From), row, out.row_mut([first + r, 0]));
+            }
+        }
+    }
+}
+
 impl RowKernel<1> for GatedNorm<'_> {
     const COST: usize = 24;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [gate]: [&[f32]; 1], out: &mut [f32]) {
-        let scale = inverse_root(l, out, 0.0, self.norm.eps);
+        let scale = inverse_root(l, out, self.norm.eps);
         let affine = Affine { shift: 0.0, scale };
         match (self.sigmoid, self.norm.weight) {
             (false, None) => map(l, With(affine, Here), [gate], out),

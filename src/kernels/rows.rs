@@ -9,6 +9,17 @@ pub trait RowKernel<const IN: usize>: Copy + Send + Sync {
     const COST: usize;
     /// One row. Implementations are `#[inline(always)]`.
     fn row<L: Lanes>(&self, l: L, ins: [&[f32]; IN], out: &mut [f32]);
+    /// All rows. Worth overriding where rows can share work; what becomes of one must not depend on the others.
+    #[inline(always)]
+    fn rows<L: Lanes>(&self, l: L, ins: [View<'_, f32, 2>; IN], mut out: ViewMut<'_, f32, 2>) {
+        for i in 0..out.shape()[0] {
+            let mut rows: [&[f32]; IN] = [&[]; IN];
+            for (row, view) in rows.iter_mut().zip(&ins) {
+                *row = view.row([i, 0]);
+            }
+            self.row(l, rows, out.row_mut([i, 0]));
+        }
+    }
 }
 
 /// All rows of a matrix, entered as one kernel.
@@ -26,14 +37,7 @@ impl<B: Backend, K: RowKernel<IN>, const IN: usize> Kernel<B> for Rows<'_, K, IN
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Rows { op, ins, mut out } = self;
-        for i in 0..out.shape()[0] {
-            let mut rows: [&[f32]; IN] = [&[]; IN];
-            for (row, view) in rows.iter_mut().zip(&ins) {
-                *row = view.row([i, 0]);
-            }
-            op.row(b.lanes(), rows, out.row_mut([i, 0]));
-        }
+        self.op.rows(b.lanes(), self.ins, self.out);
     }
 }
 
@@ -52,22 +56,20 @@ pub(crate) fn map<L: Lanes, const IN: usize>(
     out: &mut [f32],
 ) {
     let n = out.len();
-    let full = n / L::N * L::N;
+    let ins = ins.map(|s| l.split(&s[..n]));
+    let (full, tail) = l.split_mut(out);
     let mut x = [l.zero(); IN];
-    let mut j = 0;
-    while j < full {
-        for (x, s) in x.iter_mut().zip(ins) {
-            *x = l.load(&s[j..n]);
+    for (j, y) in full.iter_mut().enumerate() {
+        for (x, s) in x.iter_mut().zip(&ins) {
+            *x = s.0[j];
         }
-        let y = f.apply(l, l.load(&out[j..]), x);
-        l.store(&mut out[j..], y);
-        j += L::N;
+        *y = f.apply(l, *y, x);
     }
-    if j < n {
-        for (x, s) in x.iter_mut().zip(ins) {
-            *x = l.load_head(&s[j..n]);
+    if !tail.is_empty() {
+        for (x, s) in x.iter_mut().zip(&ins) {
+            *x = l.load_head(s.1);
         }
-        let y = f.apply(l, l.load_head(&out[j..]), x);
-        l.store_head(&mut out[j..], y);
+        let y = f.apply(l, l.load_head(tail), x);
+        l.store_head(tail, y);
     }
 }

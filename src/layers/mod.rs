@@ -1,6 +1,8 @@
 //! Layers: configuration, weights packed once, forward, state.
 
+pub mod agent1d;
 mod agent_bias;
+mod agent_sd;
 mod block;
 mod conv2d;
 mod depthwise;
@@ -25,6 +27,7 @@ mod weights;
 
 pub use crate::kernels::activation::Activation;
 pub use agent_bias::{AgentBias, AgentBiasTables};
+pub use agent_sd::{AgentSdAttention, AgentSdConfig};
 pub use block::Block;
 pub use conv2d::{Channels, Conv2d, Conv2dConfig};
 pub use depthwise::{DepthwiseConfig, DepthwiseConv2d};

@@ -48,6 +48,12 @@ impl<'a, T: TensorSource> Parameters<'a, T> {
         Self { source: self.source, prefix, format: self.format }
     }
 
+    /// The format that weights are stored in.
+    #[must_use]
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     /// The whole name of a tensor.
     #[must_use]
     pub fn name(&self, name: &str) -> String {

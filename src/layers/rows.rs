@@ -3,7 +3,7 @@
 use crate::kernels::rows::{RowKernel, Rows};
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::Cut;
-use crate::simd::{Backend, Task};
+use crate::simd::{Backend, Task, Tiles};
 use crate::tensor::{View, ViewMut};
 
 struct Job<'a, K, const IN: usize>(Rows<'a, K, IN>);
@@ -47,4 +47,21 @@ pub(super) fn rows<K: RowKernel<IN>, const IN: usize>(
     out: ViewMut<'_, f32, 2>,
 ) {
     rt.run(Run(rt, Job(Rows { op, ins, out })));
+}
+
+/// How many of `rows` rows are best taken at a time so that `width` floats of each stay in the second cache level, but so
+/// many that weights are not read too often.
+pub(super) fn block_of(rt: &Runtime, rows: usize, width: usize) -> usize {
+    /// Products of fewer rows spend too much of their time on reading weights.
+    const LEAST: usize = 192;
+    struct Ask;
+    impl Task for Ask {
+        type Output = usize;
+        fn run<B: Backend>(self, _: B) -> usize {
+            B::T::HEIGHT * B::T::DEPTH
+        }
+    }
+    let best = (rt.run(Ask) / width.max(1)).max(LEAST);
+    // Blocks of nearly the same size, no small one at the end.
+    rows.div_ceil(((rows + best / 2) / best).max(1))
 }

@@ -181,4 +181,12 @@ impl<'a, T> View<'a, T, 3> {
     pub fn regroup(self, b: usize) -> Result<View<'a, T, 3>> {
         Ok(View { data: self.data, layout: self.layout.regrouped(b)? })
     }
+
+    /// `[batch, len, width]` as `[batch, len, heads, width]`: every head sees all of it.
+    #[must_use]
+    pub fn repeat_heads(self, heads: usize) -> View<'a, T, 4> {
+        let ([batch, len, width], [sb, sl, sw]) = (self.layout.shape, self.layout.strides);
+        let layout = Layout { shape: [batch, len, heads, width], strides: [sb, sl, 0, sw] };
+        View { data: self.data, layout }
+    }
 }

@@ -151,7 +151,7 @@ impl VisionAttention {
                 q.scratch_bytes(rt, n).max(kv.scratch_bytes(rt, m)).max(reduced)
             }
         };
-        let mixers = self.mixers.iter().map(|mixer| mixer.scratch_bytes(rt, batch));
+        let mixers = self.mixers.iter().map(|mixer| mixer.scratch_bytes(batch));
         inputs.max(self.proj.scratch_bytes(rt, n)).max(mixers.max().unwrap_or(0))
     }
 

@@ -19,6 +19,8 @@ pub struct VisionBlockConfig {
     pub attention: VisionAttentionConfig,
     /// Width inside of the channel mixer.
     pub mlp_hidden: usize,
+    /// Whether the channel mixer has a depth-wise 3 x 3 convolution before GELU, as in PVTv2; not with a class token.
+    pub mlp_conv: bool,
     /// Of both norms.
     pub norm_eps: f32,
 }
@@ -37,7 +39,7 @@ pub struct VisionBlock {
 }
 
 impl VisionBlock {
-    /// From named tensors: `norm1`, `norm2`, `mlp.fc1`, `mlp.fc2`, and those of [`VisionAttention::load`] below
+    /// From named tensors: `norm1`, `norm2`, `mlp.fc1`, `mlp.fc2`, `mlp.dwconv.dwconv` if there is one, and those of [`VisionAttention::load`] below
     /// `attn`, or without that with [`Scope::Cross`](super::Scope::Cross).
     ///
     /// # Errors
@@ -46,7 +48,7 @@ impl VisionBlock {
         config: VisionBlockConfig,
         parameters: &Parameters<'_, impl TensorSource>,
     ) -> Result<Self> {
-        let VisionBlockConfig { attention, mlp_hidden: hidden, norm_eps: eps } = config;
+        let VisionBlockConfig { attention, mlp_hidden: hidden, mlp_conv, norm_eps: eps } = config;
         attention.check(OP)?;
         super::config::size(OP, "mlp_hidden", hidden)?;
         let attn = match attention.scope {
@@ -54,12 +56,20 @@ impl VisionBlock {
             _ => VisionAttention::load(attention, &parameters.at("attn"))?,
         };
         let dim = attention.dim;
+        let (mlp, below) = (MlpConfig { dim, hidden }, parameters.at("mlp"));
+        let mlp = match mlp_conv {
+            false => Mlp::load(mlp, &below)?,
+            true if attention.tokens() == attention.map[0] * attention.map[1] => {
+                Mlp::load_with_conv(mlp, attention.map, &below)?
+            }
+            true => return Err(Error::value(OP, "mlp_conv", "false with a class token", true)),
+        };
         Ok(Self {
             config,
             norm1: parameters.layer_norm("norm1", dim, eps)?,
             attn,
             norm2: parameters.layer_norm("norm2", dim, eps)?,
-            mlp: Mlp::load(MlpConfig { dim, hidden }, &parameters.at("mlp"))?,
+            mlp,
         })
     }
 
@@ -97,12 +107,12 @@ impl VisionBlock {
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, batch: usize) -> usize {
         let n = batch * self.config.attention.tokens();
-        let mixers = self.attn.scratch_bytes(rt, batch).max(self.mlp.scratch_bytes(rt, n));
-        bytes_of::<f32>(n * self.config.attention.dim) + mixers
+        let normed = bytes_of::<f32>(n * self.config.attention.dim);
+        (normed + self.attn.scratch_bytes(rt, batch)).max(self.mlp.residual_bytes(rt, n))
     }
 
-    /// A call on a contiguous stream with [`scratch_bytes`](Self::scratch_bytes) of memory. Only the attention
-    /// itself can fail, before anything is changed.
+    /// A call on a contiguous stream with [`scratch_bytes`](Self::scratch_bytes) of memory. Only
+    /// attention and convolutions can fail, for want of memory.
     pub(crate) fn run(
         &self,
         rt: &Runtime,
@@ -115,14 +125,12 @@ impl VisionBlock {
         if n == 0 {
             return Ok(());
         }
-        let normed = cut.take::<f32>(n * dim);
-        let mixers = self.attn.scratch_bytes(rt, batch).max(self.mlp.scratch_bytes(rt, n));
-        let work = cut.take::<u8>(mixers);
+        let cut = cut.take::<u8>(self.scratch_bytes(rt, batch));
+        let mut first = Cut::new(&mut *cut);
+        let normed = first.take::<f32>(n * dim);
         self.norm1.run(rt, table(stream, n), matrix(normed, n));
         let x = View::new(&*normed, [batch, tokens, dim])?;
-        self.attn.run(rt, x, matrix(stream, n), Keep::All, Cut::new(work))?;
-        self.norm2.run(rt, table(stream, n), matrix(normed, n));
-        self.mlp.run(rt, table(normed, n), matrix(stream, n), Keep::All, Cut::new(work));
-        Ok(())
+        self.attn.run(rt, x, matrix(stream, n), Keep::All, first)?;
+        self.mlp.residual(rt, &self.norm2, stream, Cut::new(cut))
     }
 }

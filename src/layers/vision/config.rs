@@ -1,5 +1,6 @@
 //! Sizes and choices.
 
+use crate::attention::focused::Normaliser;
 use crate::error::{Error, Result};
 
 /// Wider layers are refused: sums of sizes stay far from overflow.
@@ -11,6 +12,38 @@ const MOST: usize = 1 << 24;
 pub enum Mechanism {
     /// [Softmax attention](crate::attention::softmax).
     Softmax,
+    /// [Agent attention](crate::attention::agent). Agents are means of queries over a grid of bins, scores have a
+    /// bias per agent and place, and a depth-wise 3 x 3 convolution of the values is added.
+    Agent {
+        /// How many agents; a square number.
+        agents: usize,
+    },
+    /// [Focused linear attention](crate::attention::focused). Keys have a positional encoding, and a depth-wise
+    /// convolution of the values is added whose kernels all heads share.
+    Focused(FocusedChoices),
+}
+
+impl Mechanism {
+    /// Focused linear attention with the published choices: factor 3, kernels of 5, [`Normaliser::Mean`].
+    #[must_use]
+    pub fn focused() -> Self {
+        Self::Focused(FocusedChoices {
+            focusing_factor: 3.0,
+            kernel: 5,
+            normaliser: Normaliser::Mean,
+        })
+    }
+}
+
+/// Choices of [`Mechanism::Focused`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FocusedChoices {
+    /// The power that features are raised to.
+    pub focusing_factor: f32,
+    /// Height and width of the convolution of the values, odd.
+    pub kernel: usize,
+    /// What outputs are divided by.
+    pub normaliser: Normaliser,
 }
 
 /// Which tokens mix, and where queries, keys and values come from.
@@ -210,7 +243,7 @@ impl VisionAttentionConfig {
 }
 
 /// Refuses sizes of nothing or beyond reason.
-pub(super) fn size(op: &'static str, arg: &'static str, n: usize) -> Result<()> {
+pub(in crate::layers) fn size(op: &'static str, arg: &'static str, n: usize) -> Result<()> {
     if n == 0 || n > MOST {
         return Err(Error::value(op, arg, alloc::format!("a size from 1 to {MOST}"), n));
     }

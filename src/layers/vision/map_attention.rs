@@ -1,6 +1,9 @@
 //! Tokens of a map, or of its windows, that mix.
 
+use super::agent::Agent;
 use super::config::{MapAttentionConfig, Mechanism};
+use super::focused::Focused;
+use super::local::Local;
 use super::relative::Softmax;
 use super::windows::Windows;
 use crate::error::{Result, expect_shape};
@@ -9,6 +12,7 @@ use crate::layers::Parameters;
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{View, ViewMut};
+use alloc::boxed::Box;
 
 const OP: &str = "map attention";
 
@@ -22,16 +26,26 @@ const OP: &str = "map attention";
 pub struct MapAttention {
     config: MapAttentionConfig,
     core: Core,
+    local: Option<Local>,
 }
 
 /// What differs between mechanisms.
 #[derive(Clone, Debug)]
 enum Core {
     Softmax(Softmax),
+    Agent(Box<Agent>),
+    Focused(Focused),
 }
 
 impl MapAttention {
-    /// From named tensors: `relative_position_bias_table`, if there is one.
+    /// From named tensors:
+    ///
+    /// | mechanism | tensors |
+    /// |---|---|
+    /// | softmax | `relative_position_bias_table` with relative positions |
+    /// | agent | `an_bias`, `na_bias`, `ah_bias`, `aw_bias`, `ha_bias`, `wa_bias`; with a class token `ac_bias`, `ca_bias`; `dwc`, or `get_v` with locally enhanced positions |
+    /// | focused | `scale`, `positional_encoding`, `dwc` |
+    /// | softmax and focused with locally enhanced positions | `get_v` besides |
     ///
     /// # Errors
     /// [`Error::Value`](crate::Error::Value) for sizes that do not fit each other,
@@ -44,8 +58,14 @@ impl MapAttention {
         config.check(OP)?;
         let core = match config.mechanism {
             Mechanism::Softmax => Core::Softmax(Softmax::load(&config, parameters)?),
+            Mechanism::Agent { agents } => {
+                Core::Agent(Box::new(Agent::load(&config, agents, parameters)?))
+            }
+            Mechanism::Focused(choices) => {
+                Core::Focused(Focused::load(&config, choices, parameters)?)
+            }
         };
-        Ok(Self { config, core })
+        Ok(Self { config, core, local: Local::load(&config, parameters)? })
     }
 
     /// The sizes and choices.
@@ -82,19 +102,25 @@ impl MapAttention {
         if batch == 0 {
             return Ok(());
         }
-        rt.with_scratch(self.scratch_bytes(rt, batch), |cut| self.run(rt, [q, k, v], out, cut))?
+        rt.with_scratch(self.scratch_bytes(batch), |cut| self.run(rt, [q, k, v], out, cut))?
     }
 
     /// Scratch bytes that a call takes from the runtime, besides those of the attention itself.
     #[must_use]
-    pub fn scratch_bytes(&self, rt: &Runtime, batch: usize) -> usize {
+    pub fn scratch_bytes(&self, batch: usize) -> usize {
         let tokens = batch * self.config.windows() * self.config.queries();
         let copies = if self.geometry().in_order() { 0 } else { 4 };
-        copies * bytes_of::<f32>(tokens * self.config.dim) + self.mix_bytes(rt, batch)
+        copies * bytes_of::<f32>(tokens * self.config.dim) + self.mix_bytes(batch)
     }
 
-    fn mix_bytes(&self, _: &Runtime, _: usize) -> usize {
-        0
+    fn mix_bytes(&self, batch: usize) -> usize {
+        let (windows, dim) = (batch * self.config.windows(), self.config.dim);
+        let core = match &self.core {
+            Core::Softmax(_) => 0,
+            Core::Agent(agent) => agent.bytes(windows, dim),
+            Core::Focused(focused) => focused.bytes(windows),
+        };
+        core.max(self.local.as_ref().map_or(0, |local| local.bytes(windows, dim)))
     }
 
     fn geometry(&self) -> Windows {
@@ -136,16 +162,25 @@ impl MapAttention {
     fn mix(
         &self,
         rt: &Runtime,
-        [q, k, v]: [View<'_, f32, 3>; 3],
-        out: ViewMut<'_, f32, 3>,
-        _cut: Cut<'_>,
+        qkv: [View<'_, f32, 3>; 3],
+        mut out: ViewMut<'_, f32, 3>,
+        mut cut: Cut<'_>,
     ) -> Result<()> {
-        let heads = self.config.heads;
+        let ([q, k, v], heads) = (qkv, self.config.heads);
+        let work = cut.take::<u8>(self.mix_bytes(q.shape()[0] / self.config.windows()));
         match &self.core {
             Core::Softmax(softmax) => {
                 let qkv = [q.split_heads(heads)?, k.split_heads(heads)?, v.split_heads(heads)?];
-                softmax.run(rt, qkv, out.split_heads(heads)?)
+                softmax.run(rt, qkv, out.reborrow().split_heads(heads)?)?;
             }
+            Core::Agent(agent) => agent.run(rt, heads, qkv, out.reborrow(), Cut::new(work))?,
+            Core::Focused(focused) => {
+                focused.run(rt, heads, qkv, out.reborrow(), Cut::new(work))?
+            }
+        }
+        match &self.local {
+            Some(local) => local.run(rt, v, out, Cut::new(work)),
+            None => Ok(()),
         }
     }
 }

@@ -1,8 +1,11 @@
 //! Layers of vision transformers: blocks whose tokens are the places of a map.
 
+mod agent;
 mod attention;
 mod block;
 mod config;
+mod focused;
+mod local;
 mod map_attention;
 mod merging;
 mod relative;
@@ -10,6 +13,7 @@ mod windows;
 
 pub use attention::VisionAttention;
 pub use block::{VisionBlock, VisionBlockConfig};
-pub use config::{MapAttentionConfig, Mechanism, Scope, VisionAttentionConfig};
+pub(super) use config::size;
+pub use config::{FocusedChoices, MapAttentionConfig, Mechanism, Scope, VisionAttentionConfig};
 pub use map_attention::MapAttention;
 pub use merging::PatchMerging;

@@ -19,10 +19,20 @@ use crate::run::Run;
 pub type System = fn(&Run<'_>) -> linattn::Result<()>;
 
 const SYSTEMS: &[(&str, System)] = &[
+    ("agent.cswin", vision::cswin),
+    ("agent.deit", vision::deit),
+    ("agent.generic1d", vision::generic1d),
+    ("agent.pvt", vision::pvt),
+    ("agent.sd", vision::stable_diffusion),
     ("agent.swin", vision::swin),
+    ("agent.transformer1d", vision::transformer1d),
     ("agent_attention", vision_ops::agent),
     ("checkpoint", model::checkpoint),
     ("depthwise_conv2d", vision_ops::depthwise),
+    ("focused.cswin", vision::cswin),
+    ("focused.deit", vision::deit),
+    ("focused.pvt", vision::pvt),
+    ("focused.swin", vision::swin),
     ("focused_linear_attention", vision_ops::focused),
     ("flash", flash::flash),
     ("gau", flash::gau),
