@@ -150,6 +150,17 @@ if wanted("noncausal"):
             fs += [lambda: peer("torch_noncausal.py", "elu", n=n, heads=8, dim=64), lambda: peer("torch_noncausal.py", "sdpa", n=n, heads=8, dim=64)]
         med = [statistics.median(f()["ns_per_token"] for _ in range(a.rounds)) for f in fs]
         print(f"| {n} | " + " | ".join(f"{x:.0f}" for x in med) + " |", flush=True)
+if wanted("vision"):
+    columns = ["core, N", "crate"] + (["best peer", "ratio"] if peers else [])
+    header("Cores of vision models, 8 heads, D = 64, 49 agents, f32, one thread: us per call", *columns)
+    for what, names in (("agent", ("agent", "agent_sdpa")), ("focused", ("focused", "focused_c")), ("linear_noncausal", ("elu",)), ("softmax", ("sdpa",))):
+        for n in (784, 3136, 12544):
+            if what == "softmax" and n > 3136:
+                continue
+            others = {}
+            if peers:
+                others = {f"torch {w}": (lambda w=w: peer("torch_noncausal.py", w, n=n, heads=8, dim=64)) for w in names}
+            compare(f"{what}, {n}", {"crate": lambda: ours(what, n=n, dim=64)}, others, "median_s", scale=1e6)
 if wanted("gemm"):
     columns = ["m x k x n", "packed", "unpacked"] + (["best peer", "ratio packed", "ratio unpacked"] if peers else [])
     header("Products in f32, one thread: GFLOP/s", *columns)
