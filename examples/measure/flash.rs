@@ -12,6 +12,7 @@ use linattn::layers::Parameters;
 use linattn::layers::flash::{Flash, FlashConfig, FlashForm, GateNorm};
 use linattn::tensor::{Element, Rng, Tensor};
 use linattn::{Result, Runtime};
+use serde_json::{Map, Value, json};
 
 /// Rows of a chunk, unless asked for.
 const CHUNK: usize = 256;
@@ -20,6 +21,14 @@ fn normal<E: Element, const N: usize>(rng: &mut Rng, shape: [usize; N]) -> Resul
     let mut t = Tensor::<N, E>::zeros(shape)?;
     t.as_mut_slice().iter_mut().for_each(|x| *x = E::from_f32(rng.normal()));
     Ok(t)
+}
+
+/// What the line says besides.
+fn sizes(args: &Args) -> Map<String, Value> {
+    let Args { s, e, d, causal, .. } = *args;
+    let chunk = args.chunk.unwrap_or(CHUNK);
+    let all = [("s", json!(s)), ("e", json!(e)), ("d", json!(d)), ("chunk", json!(chunk))];
+    all.into_iter().chain([("causal", json!(causal))]).map(|(k, v)| (k.to_owned(), v)).collect()
 }
 
 fn wide<E: Element>(x: &[E]) -> Vec<f64> {
@@ -77,7 +86,8 @@ fn mixed_chunk_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
         (timing::relative(&got, &want), tolerance(args.dtype))
     });
     let flops = 2.0 * (batch * n) as f64 * (chunk * (s + e) + 2 * s * e) as f64;
-    Ok(Outcome { times, flops, tokens: Some((batch * n) as f64), error, ..Outcome::default() })
+    let (tokens, extra) = (Some((batch * n) as f64), sizes(args));
+    Ok(Outcome { times, flops, tokens, error, extra })
 }
 
 /// `relu(q k^T / n)^2 v` over the whole sequence; flops are those of the whole square, causal or not.
@@ -116,7 +126,8 @@ fn gau_as<E: Element>(args: &Args, rt: &Runtime) -> Result<Outcome> {
         (timing::relative(&got, &want), tolerance(args.dtype))
     });
     let flops = 2.0 * (batch * n * n * (s + e)) as f64;
-    Ok(Outcome { times, flops, tokens: Some((batch * n) as f64), error, ..Outcome::default() })
+    let (tokens, extra) = (Some((batch * n) as f64), sizes(args));
+    Ok(Outcome { times, flops, tokens, error, extra })
 }
 
 /// A whole FLASH layer as the PyTorch package has it by default: ScaleNorm, 32 turned channels, T5 bias. Causal layers
@@ -164,5 +175,6 @@ pub fn flash_layer(args: &Args, rt: &Runtime) -> Result<Outcome> {
         layer.forward(rt, x.view(), out.view_mut(), state.as_mut()).expect("valid arguments");
     });
     let flops = (batch * n) as f64 * 2.0 * (d * (3 * e + s) + chunk * (s + e) + 2 * s * e) as f64;
-    Ok(Outcome { times, flops, tokens: Some((batch * n) as f64), ..Outcome::default() })
+    let (tokens, extra) = (Some((batch * n) as f64), sizes(args));
+    Ok(Outcome { times, flops, tokens, error: None, extra })
 }

@@ -4,7 +4,7 @@ use super::backend::{Backend, Kernel};
 use super::lanes::Lanes;
 use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
-use super::tiles_f32_pack::{copy, pack_columns, pack_rows, times, widen_rows};
+use super::tiles_f32_pack::{copy, pack_columns, pack_rows, times, turn, widen_rows};
 use core::marker::PhantomData;
 
 /// Register tiles of `MR` rows and `V` vectors.
@@ -357,7 +357,17 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         // Rows a multiple of 1 KiB apart meet in few sets of the first cache level: read over and over, they
         // are worth a copy.
         const MEET: usize = 256;
+        // So are the steps of a deep operand that lie a multiple of 512 bytes apart, turned into rows.
+        const STEPS: usize = 128;
         let l = b.lanes();
+        if let (Order::Columns(s), None) = (src.order, weights)
+            && s % STEPS == 0
+            && k >= STEPS
+            && m > MR
+        {
+            turn(b, src.data, s, [m, k], dst, k + GAP);
+            return Left::new(dst, Order::Rows(k + GAP));
+        }
         let meet = matches!(src.order, Order::Rows(s) if s % MEET == 0 && m > MR);
         if let (Some(data), None, false) = (E::as_f32(src.data), weights, meet) {
             return Left::new(data, src.order);

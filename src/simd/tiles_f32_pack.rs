@@ -125,3 +125,39 @@ pub(super) fn times<L: Lanes>(l: L, factor: f32, row: &mut [f32]) {
     }
     l.store_head(tail, l.mul(l.load_head(tail), l.splat(factor)));
 }
+
+/// A column-major `m x k` operand to rows `stride` apart: square blocks of one vector's width, turned in registers.
+#[inline(always)]
+pub(super) fn turn<B: Backend, E: Storage>(
+    b: B,
+    src: &[E],
+    step: usize,
+    [m, k]: [usize; 2],
+    dst: &mut [f32],
+    stride: usize,
+) {
+    let (l, lanes) = (b.lanes(), B::L::N);
+    for p in (0..k).step_by(lanes) {
+        let depth = lanes.min(k - p);
+        for i in (0..m).step_by(lanes) {
+            let width = lanes.min(m - i);
+            let column = |c: usize| {
+                let mut x = [0.0; MAX_LANES];
+                if c < depth {
+                    let from = &src[(p + c) * step + i..][..width];
+                    match E::as_f32(from) {
+                        Some(from) if width == lanes => return l.load(from),
+                        _ => E::widen(b.convert(), from, &mut x[..width]),
+                    }
+                }
+                l.load(&x)
+            };
+            let dst = &mut dst[i * stride + p..];
+            l.transpose(column, |r, x| {
+                if r < width {
+                    l.store_head(&mut dst[r * stride..][..depth], x);
+                }
+            });
+        }
+    }
+}

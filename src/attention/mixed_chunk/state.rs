@@ -20,7 +20,7 @@ pub struct MixedChunkState {
     len: usize,
 }
 
-/// Keys or values as rows, `[batch, pending, width]`.
+/// A state, to be read and advanced.
 pub(super) struct Open<'a> {
     pub sum: ViewMut<'a, f32, 4>,
     pub keys: [View<'a, f32, 3>; 2],

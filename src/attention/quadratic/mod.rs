@@ -24,7 +24,7 @@ const OP: &str = "quadratic attention";
 /// of keys and values, and sees keys up to it. Otherwise query `i` stands at position `i` and sees all keys. Nothing
 /// is normalised; the matrix of scores is never held. Results do not depend on the number of threads.
 ///
-/// Cost per query: `2 lk (s + e)` flops, about half of it when causal. Scratch per thread: sums of at most 2048
+/// Cost per query: `2 lk (s + e)` flops, about half of it when causal. Scratch per thread: sums of at most 2112
 /// queries, and 512 keys and values.
 ///
 /// Views have three dimensions, because the mechanism has one head by construction: `e` is several times the model

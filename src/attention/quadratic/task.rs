@@ -14,8 +14,8 @@ use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Task};
 use crate::tensor::{Element, View, ViewMut};
 
-/// Queries that share one pass over the keys.
-const SPAN: usize = 2048;
+/// Queries that share one pass over the keys: whole blocks, so that blocks do not depend on the division.
+const SPAN: usize = 22 * ROWS;
 
 /// Some batch rows, or some queries, of a call.
 struct Job<'a, E> {

@@ -99,50 +99,43 @@ impl<B: Backend, E: Element> Chunk<'_, '_, B, E> {
         for j in (0..e).step_by(COLUMNS) {
             let w = COLUMNS.min(e - j);
             v.pack(b, n, [j, w], work.values);
-            if causal && !v.finite(b, n, [j, w]) {
-                // A value that is not finite would reach earlier rows as 0 * inf; row by row it cannot.
-                for r in 0..m {
-                    Row {
-                        read: read.map(|f| (f, lin_q.slice(0, r, r + 1), &*self.sum)),
-                        scores: &scores[r * stride(n)..][..area.seen(true, r)],
-                        v,
-                        columns: [j, w],
-                        buffers: [&mut *work.query, &mut *work.staged, &mut *work.out],
-                        out: out.row_mut([r, 0]),
-                    }
-                    .write(b);
-                }
-                if let Some(left) = left_k {
-                    for c in (j..j + w).step_by(PANEL) {
-                        let width = PANEL.min(j + w - c);
-                        let right = v.panel(b, n, [c - j, c], width, work.values, work.view_v);
-                        let (term, sum) = (Term { left, right, k: n }, &mut self.sum[c * s..]);
-                        add(b, [s, width], term, sum, &work.session, &mut Ahead::none());
-                    }
-                }
-                continue;
-            }
             let next = out.reborrow().slice(1, e.min(j + w), e.min(j + w + COLUMNS));
             let parts = [v.ahead(n, j + w), Part::of_mut(&next, [0, m])];
             let taken = m + if add_up { s } else { 0 };
             let mut ahead = Ahead::new(parts, taken * w.div_ceil(PANEL));
             for c in (j..j + w).step_by(PANEL) {
                 let width = PANEL.min(j + w - c);
-                let sum = &mut self.sum[c * s..][..PANEL * s];
                 let right = v.panel(b, n, [c - j, c], width, work.values, work.view_v);
-                let first = read.map(|_| {
-                    let right = t.view_right(b, &*sum, s, width, &mut *work.view_s);
-                    (Term { left: left_q, right, k: s }, factors)
-                });
-                let second = Some(Term { left: left_p, right, k: n });
-                let causal = area.lower(causal);
-                let p = Product { m, n: width, first, second, causal, lower: false };
-                let out = out.reborrow().slice(1, c, c + width);
-                let sink = Narrow { out, convert: b.convert(), scale: None };
-                t.product(b, &work.session, &p, &mut Meanwhile { sink, ahead: &mut ahead });
+                let second = Term { left: left_p, right, k: n };
+                if causal && !v.finite(b, n, [c, width]) {
+                    // A value that is not finite would reach earlier rows as 0 * inf; row by row it cannot.
+                    for r in 0..m {
+                        Row {
+                            read: read.map(|f| (f, lin_q.slice(0, r, r + 1), &*self.sum)),
+                            scores: &scores[r * stride(n)..][..area.seen(true, r)],
+                            v,
+                            columns: [c, width],
+                            buffers: [&mut *work.query, &mut *work.staged, &mut *work.out],
+                            out: out.row_mut([r, 0]),
+                        }
+                        .write(b);
+                    }
+                } else {
+                    let first = read.map(|_| {
+                        let panel = &self.sum[c * s..][..PANEL * s];
+                        let right = t.view_right(b, panel, s, width, &mut *work.view_s);
+                        (Term { left: left_q, right, k: s }, factors)
+                    });
+                    let causal = area.lower(causal);
+                    let p =
+                        Product { m, n: width, first, second: Some(second), causal, lower: false };
+                    let out = out.reborrow().slice(1, c, c + width);
+                    let sink = Narrow { out, convert: b.convert(), scale: None };
+                    t.product(b, &work.session, &p, &mut Meanwhile { sink, ahead: &mut ahead });
+                }
                 if let Some(left) = left_k {
-                    let term = Term { left, right, k: n };
-                    add(b, [s, width], term, sum, &work.session, &mut ahead);
+                    let sum = &mut self.sum[c * s..][..PANEL * s];
+                    add(b, [s, width], Term { left, ..second }, sum, &work.session, &mut ahead);
                 }
             }
         }

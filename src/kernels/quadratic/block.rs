@@ -146,7 +146,7 @@ impl<B: Backend, E: Element, K: Element> Kernel<B> for KeyBlock<'_, '_, B, E, K>
         }
         pack_keys(b, k, work.keys);
         t.pack_right(b, rows_of(v, 0), n, e, work.values);
-        let finite = !rule.causal || finite_rows(b, v, [0, n]);
+        let finite = if rule.causal { finite_before(b, v) } else { n };
         for first in (0..rows).step_by(ROWS) {
             let m = ROWS.min(rows - first);
             let mut area = Area { m, n, query: query + first, key };
@@ -165,7 +165,7 @@ impl<B: Backend, E: Element, K: Element> Kernel<B> for KeyBlock<'_, '_, B, E, K>
             }
             .run(b);
             let acc = &mut acc[first * e..][..m * e];
-            if !finite {
+            if area.n > finite {
                 // A value that is not finite would reach earlier rows as 0 * inf; row by row it cannot.
                 for (r, acc) in acc.chunks_exact_mut(e).enumerate() {
                     let seen = area.seen(rule.causal, r);
@@ -187,6 +187,16 @@ impl<B: Backend, E: Element, K: Element> Kernel<B> for KeyBlock<'_, '_, B, E, K>
             t.product(b, &work.session, &p, &mut store);
         }
     }
+}
+
+/// How many rows come before the first with an element that is not finite.
+#[inline(always)]
+fn finite_before<B: Backend, K: Element>(b: B, v: View<'_, K, 2>) -> usize {
+    let n = v.shape()[0];
+    if finite_rows(b, v, [0, n]) {
+        return n;
+    }
+    (0..n).find(|j| !finite_rows(b, v, [*j, 1])).unwrap_or(n)
 }
 
 /// Sums on their way to an output of any element type.

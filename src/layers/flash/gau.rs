@@ -166,10 +166,10 @@ impl StreamState for GauState {
     }
     fn blank(&self, len: usize) -> Result<Self> {
         let (k, v) = (Tensor::zeros(self.k.shape())?, Tensor::zeros(self.v.shape())?);
-        let new = Self { k, v, len: 0 };
-        let mut probe = new;
-        probe.reserve(len)?;
-        Ok(Self { len, ..probe })
+        let mut new = Self { k, v, len: 0 };
+        new.reserve(len)?;
+        new.len = len;
+        Ok(new)
     }
     fn contents(&self, see: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
         let (k, v) = (self.k.view().slice(1, 0, self.len), self.v.view().slice(1, 0, self.len));
