@@ -25,7 +25,7 @@ pub struct Terms<'a> {
 #[must_use]
 pub fn features(x: &[f64], terms: Terms<'_>) -> Vec<f64> {
     let softplus = |s: f64| s.max(0.0) + libm::log1p(libm::exp(-s.abs()));
-    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let norm = |x: &[f64]| libm::sqrt(x.iter().map(|x| x * x).sum());
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(terms.scale.len().max(1)) {
         let channels = row.iter().zip(terms.scale);

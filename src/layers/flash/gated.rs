@@ -13,6 +13,10 @@ use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{Tensor, View, ViewMut};
 
+/// Tokens that go through a projection and what comes right after at a time: their activations stay in the third
+/// cache level.
+const TOKENS: usize = 512;
+
 /// Projections, norm, and the cheap heads made of one shared projection.
 #[derive(Clone, Debug)]
 pub(super) struct Gated {
@@ -110,7 +114,10 @@ impl Gated {
     }
 
     fn linear_bytes(&self, rt: &Runtime, n: usize) -> usize {
-        self.uvz.scratch_bytes(rt, n).max(self.out.scratch_bytes(rt, n))
+        let most = |linear: &Linear| {
+            linear.scratch_bytes(rt, n).max(linear.scratch_bytes(rt, n.min(TOKENS)))
+        };
+        most(&self.uvz).max(most(&self.out))
     }
 
     /// Scratch bytes of [`Buffers`] for `n` tokens of at most `batch` sequences.
@@ -160,8 +167,13 @@ impl Gated {
         let wide = 2 * e + s;
         let (uvz, plain) = (&mut b.uvz[..n * wide], &mut b.plain[..n * heads * s]);
         let x = table(&b.normed[..n * d], n);
-        self.uvz.run(rt, x, matrix(uvz, n), Keep::Nothing, Cut::new(b.work));
-        rows(rt, Activate(Activation::Silu), [], matrix(uvz, n));
+        for from in (0..n).step_by(TOKENS) {
+            let to = n.min(from + TOKENS);
+            let mut part = matrix(&mut uvz[from * wide..to * wide], to - from);
+            let (x, work) = (x.slice(0, from, to), Cut::new(&mut *b.work));
+            self.uvz.run(rt, x, part.reborrow(), Keep::Nothing, work);
+            rows(rt, Activate(Activation::Silu), [], part);
+        }
         let op = OffsetScale { gamma: self.gamma.as_slice(), beta: self.beta.as_slice() };
         rows(rt, op, [table(uvz, n).slice(1, 2 * e, wide)], matrix(plain, n));
         let shape = [batch, len, heads, s];
@@ -194,22 +206,26 @@ impl Gated {
     ) {
         let ([batch, len, _], e) = (y.shape(), self.e);
         let (n, wide) = (batch * len, 2 * e + self.s);
-        let (uvz, mixed) = (&b.uvz[..n * wide], &mut b.mixed[..n * e]);
-        rows(rt, Multiply, [table(uvz, n).slice(1, 0, e)], matrix(mixed, n));
+        let (uvz, copied) = (table(&b.uvz[..n * wide], n), table(&b.copied[..n * self.d], n));
         let keep = if residual { Keep::All } else { Keep::Nothing };
-        if residual {
-            for (at, x) in places(batch, len).zip(b.copied.chunks_exact(self.d)) {
-                y.row_mut(at).copy_from_slice(x);
-            }
-        }
         // Batch rows of a segment lie apart.
         let [far, near, _] = y.layout().strides();
-        if batch == 1 || len == 1 || far == len * near {
-            return self.out.run(rt, table(mixed, n), one_matrix(y), keep, Cut::new(b.work));
-        }
-        for (i, mixed) in mixed.chunks_exact(len * e).enumerate() {
-            let y = one_matrix(y.reborrow().slice(0, i, i + 1));
-            self.out.run(rt, table(mixed, len), y, keep, Cut::new(&mut *b.work));
+        let together = batch == 1 || len == 1 || far == len * near;
+        let (sequences, each) = if together { (1, n) } else { (batch, len) };
+        for at in (0..sequences).flat_map(|i| (0..each).step_by(TOKENS).map(move |t| [i, t])) {
+            let ([i, from], to) = (at, each.min(at[1] + TOKENS));
+            let (first, last) = (i * each + from, i * each + to);
+            let y = y.reborrow();
+            let y = if together { y } else { y.slice(0, i, i + 1) };
+            let y = y.merge_rows().expect("rows at one distance");
+            let mut y = y.slice(0, from, to);
+            for r in 0..if residual { to - from } else { 0 } {
+                y.row_mut([r, 0]).copy_from_slice(copied.row([first + r, 0]));
+            }
+            let mixed = &mut b.mixed[first * e..last * e];
+            let gate = uvz.slice(0, first, last).slice(1, 0, e);
+            rows(rt, Multiply, [gate], matrix(mixed, to - from));
+            self.out.run(rt, table(mixed, to - from), y, keep, Cut::new(&mut *b.work));
         }
     }
 }
@@ -278,8 +294,4 @@ pub(super) fn check(
 /// All tokens, sequence by sequence.
 pub(super) fn places(batch: usize, len: usize) -> impl Iterator<Item = [usize; 3]> {
     (0..batch).flat_map(move |i| (0..len).map(move |t| [i, t, 0]))
-}
-
-fn one_matrix(y: ViewMut<'_, f32, 3>) -> ViewMut<'_, f32, 2> {
-    y.merge_rows().expect("rows at one distance")
 }
