@@ -2,12 +2,19 @@
 
 mod support;
 
+use linattn::attention::focused::Normaliser;
 use linattn::io::TensorMap;
-use linattn::layers::vision::{
-    MapAttention, MapAttentionConfig, Mechanism, PatchMerging, Scope, VisionAttention,
-    VisionAttentionConfig, VisionBlock, VisionBlockConfig,
+use linattn::layers::agent1d::{
+    AgentSelfAttention, AgentSelfAttentionConfig, AgentTransformer, AgentTransformerConfig,
+    SequenceExtra,
 };
-use linattn::layers::{Conv2d, Conv2dConfig, Linear, Mlp, MlpConfig, Parameters};
+use linattn::layers::vision::{
+    FocusedChoices, MapAttention, MapAttentionConfig, Mechanism, PatchMerging, Scope,
+    VisionAttention, VisionAttentionConfig, VisionBlock, VisionBlockConfig,
+};
+use linattn::layers::{
+    AgentSdAttention, AgentSdConfig, Conv2d, Conv2dConfig, Linear, Mlp, MlpConfig, Parameters,
+};
 use linattn::tensor::{Rng, View, ViewMut};
 use linattn::{Error, Result};
 use support::{engines, normal, rel_err, runtime, same_bits, with_threads};
@@ -227,6 +234,14 @@ fn impossible_configurations_are_refused() {
     refused(scope(Scope::Windows { window: [0, 6], shift: [0, 0] }), "window");
     refused(scope(Scope::Windows { window: [3, 3], shift: [3, 0] }), "shift");
     refused(scope(Scope::Cross { split: 4 }), "window");
+    let mixed = |mechanism| load(VisionAttentionConfig { mechanism, ..fine });
+    refused(mixed(Mechanism::Agent { agents: 8 }), "agents");
+    refused(mixed(Mechanism::Agent { agents: 0 }), "agents");
+    refused(mixed(Mechanism::Agent { agents: usize::MAX }), "agents");
+    let focused = FocusedChoices { focusing_factor: 3.0, kernel: 4, normaliser: Normaliser::Mean };
+    refused(mixed(Mechanism::Focused(focused)), "kernel");
+    let flat = FocusedChoices { kernel: 5, focusing_factor: 0.0, ..focused };
+    refused(mixed(Mechanism::Focused(flat)), "focusing_factor");
     let odd = VisionAttentionConfig { heads: 1, scope: Scope::Cross { split: 2 }, ..fine };
     refused(load(odd), "heads");
     let part = MapAttentionConfig {
@@ -296,4 +311,91 @@ fn wrong_arguments_are_refused_and_outputs_untouched() {
     refused(conv([1, 2, 4, 4], [1, 1, 8]), "x");
     refused(conv([1, 5, 4, 4], [1, 3, 8]), "out");
     refused(conv([2, 5, 4, 4], [1, 2, 8]), "out");
+}
+
+#[test]
+fn agents_over_sequences_check_what_they_are_given() {
+    let (rt, random) = (runtime(support::best()), Random(4));
+    let config = AgentSelfAttentionConfig {
+        dim: 12,
+        heads: 2,
+        dim_head: 5,
+        agents: 3,
+        talking_heads: true,
+        gate: true,
+    };
+    let load = |config| AgentSelfAttention::load(config, &Parameters::new(&random));
+    refused(load(AgentSelfAttentionConfig { dim: 0, ..config }), "dim");
+    refused(load(AgentSelfAttentionConfig { heads: usize::MAX, ..config }), "heads");
+    refused(load(AgentSelfAttentionConfig { agents: 0, ..config }), "agents");
+    let layer = load(config).expect("a layer");
+    let x = vec![1.0f32; 2 * 7 * 12];
+    let call = |len: usize, mask: usize, agents: [usize; 4]| {
+        let (mut out, given) = (vec![7.0; 2 * 7 * 12], vec![1.0; agents.iter().product()]);
+        let seen = vec![true; 2 * mask];
+        let extra = SequenceExtra {
+            mask: Some(View::new(&seen, [2, mask]).expect("a mask")),
+            agents: Some(View::new(&given, agents).expect("agents")),
+            gathered: None,
+        };
+        let x = View::new(&x[..2 * len * 12], [2, len, 12]).expect("an input");
+        let view = ViewMut::new(&mut out, [2, 7, 12]).expect("an output");
+        let result = layer.forward_with(&rt, x, view, extra);
+        assert!(result.is_ok() || out.iter().all(|x| *x == 7.0), "written");
+        result
+    };
+    assert!(call(7, 7, [2, 4, 2, 5]).is_ok());
+    refused(call(6, 6, [2, 4, 2, 5]), "out");
+    refused(call(7, 6, [2, 4, 2, 5]), "mask");
+    refused(call(7, 7, [2, 4, 2, 6]), "agents");
+    refused(call(7, 7, [1, 4, 2, 5]), "agents");
+    let config = AgentTransformerConfig {
+        dim: 12,
+        depth: 1,
+        heads: 2,
+        dim_head: 5,
+        agents: 3,
+        ff_mult: 2,
+        talking_heads: false,
+        gate: false,
+        sub_layernorm: true,
+        final_norm: false,
+    };
+    let load = |config| AgentTransformer::load(config, &Parameters::new(&random));
+    refused(load(AgentTransformerConfig { ff_mult: 0, ..config }), "ff_mult");
+    refused(load(AgentTransformerConfig { depth: usize::MAX, ..config }), "depth");
+    let model = load(config).expect("a model");
+    let mut out = vec![7.0; 2 * 7 * 12];
+    let (x, seen) = (View::new(&x, [2, 7, 12]).expect("an input"), vec![false; 14]);
+    let short = View::new(&seen[..12], [2, 6]).expect("a mask");
+    let view = ViewMut::new(&mut out, [2, 7, 12]).expect("an output");
+    refused(model.forward(&rt, x, Some(short), view, None), "mask");
+    assert!(out.iter().all(|x| *x == 7.0), "written");
+    // Without any token that counts, agents take the mean of all.
+    let none = View::new(&seen, [2, 7]).expect("a mask");
+    let view = ViewMut::new(&mut out, [2, 7, 12]).expect("an output");
+    model.forward(&rt, x, Some(none), view, None).expect("a call");
+    assert!(out.iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn merging_layers_check_what_they_are_given() {
+    let (rt, random) = (runtime(support::best()), Random(5));
+    let config = AgentSdConfig::early(12, 2, 5, [8, 8]);
+    let load = |config| AgentSdAttention::load(config, &Parameters::new(&random));
+    refused(load(AgentSdConfig { ratio: 1.5, ..config }), "ratio");
+    refused(load(AgentSdConfig { agent_ratio: f64::NAN, ..config }), "agent_ratio");
+    refused(load(AgentSdConfig { k_scale2: f32::NAN, ..config }), "k_scale2");
+    refused(load(AgentSdConfig { cell: [9, 1], ..config }), "cell");
+    refused(load(AgentSdConfig { map: [0, 8], ..config }), "map");
+    let layer = load(AgentSdConfig { seed: Some(3), ..config }).expect("a layer");
+    let (x, mut out) = (vec![1.0; 64 * 12], vec![7.0; 64 * 12]);
+    let short = View::new(&x[..63 * 12], [1, 63, 12]).expect("an input");
+    let view = ViewMut::new(&mut out, [1, 64, 12]).expect("an output");
+    refused(layer.forward(&rt, short, view), "x");
+    assert!(out.iter().all(|x| *x == 7.0), "written");
+    let whole = View::new(&x, [1, 64, 12]).expect("an input");
+    let view = ViewMut::new(&mut out, [1, 64, 12]).expect("an output");
+    layer.forward(&rt, whole, view).expect("a call");
+    assert!(out.iter().all(|x| x.is_finite()));
 }

@@ -376,10 +376,13 @@ fn add_bias<L: Lanes>(l: L, bias: &[f32], block: Block<'_>, scores: &mut [f32]) 
     match block {
         Block::Run(first, _) => {
             let bias = &bias[first..][..scores.len()];
-            for (s, x) in scores.chunks_mut(L::N).zip(bias.chunks(L::N)) {
-                let sum = l.add(l.load_head(s), l.load_head(x));
-                l.store_head(s, hide(l, l.load_head(x), sum));
+            let ((scores, tail), (bias, bias_tail)) = (l.split_mut(scores), l.split(bias));
+            for (s, x) in scores.iter_mut().zip(bias) {
+                *s = hide(l, *x, l.add(*s, *x));
             }
+            let x = l.load_head(bias_tail);
+            let last = hide(l, x, l.add(l.load_head(tail), x));
+            l.store_head(tail, last);
         }
         Block::List(at) => {
             for (s, j) in scores.iter_mut().zip(at) {

@@ -7,6 +7,8 @@
 //! `u` is divided by its largest channel first: powers of what is left stay between 0 and 1 for any `p`, and the
 //! factor cancels.
 
+use super::rows::{WIDEST, maxima, sums};
+use super::softmax::scale_row;
 use crate::simd::{Backend, Kernel, Lanes, math};
 use crate::tensor::{Element, View, ViewMut};
 
@@ -84,68 +86,95 @@ impl<B: Backend, E: Element> Kernel<B> for FocusRows<'_, E> {
         if heads * dim == 0 {
             return;
         }
-        for n in 0..batch {
-            for t in 0..len {
-                let row = self.out.row_mut([n, t, 0]);
-                for (h, row) in row.chunks_exact_mut(dim).enumerate() {
+        let l = b.lanes();
+        for first in (0..batch * len).step_by(B::L::N) {
+            let count = B::L::N.min(batch * len - first);
+            let at = |r: usize| [(first + r) / len, (first + r) % len];
+            for r in 0..count {
+                let [n, t] = at(r);
+                for (h, row) in self.out.row_mut([n, t, 0]).chunks_exact_mut(dim).enumerate() {
                     E::widen(b.convert(), self.x.row([n, t, h, 0]), row);
                 }
-                if p == 3.0 {
-                    token(b.lanes(), self.focus, Cube, row);
-                } else if p == libm::truncf(p) && p <= LONGEST {
-                    token(b.lanes(), self.focus, Whole(p as u32), row);
-                } else {
-                    token(b.lanes(), self.focus, Real(p), row);
-                }
+            }
+            let mut rows = Tokens { out: self.out.reborrow(), first, count };
+            if p == 3.0 {
+                rows.focus(l, self.focus, Cube);
+            } else if p == libm::truncf(p) && p <= LONGEST {
+                rows.focus(l, self.focus, Whole(p as u32));
+            } else {
+                rows.focus(l, self.focus, Real(p));
             }
         }
     }
 }
 
-/// One token, in place.
-#[inline(always)]
-fn token<L: Lanes>(l: L, f: Focus<'_>, power: impl Power, row: &mut [f32]) {
-    let (zero, eps) = (l.zero(), l.splat(f.eps));
-    // Not a maximum, which might lose NaN.
-    let start =
-        |x: L::F, inverse: L::F| l.mul(l.add(l.select(l.lt(x, zero), zero, x), eps), inverse);
-    let (inverse, inverse_tail) = l.split(&f.inverse[..row.len()]);
-    let mut most = zero;
-    let (full, tail) = l.split_mut(row);
-    for (x, inverse) in full.iter_mut().zip(inverse) {
-        *x = start(*x, *inverse);
-        most = l.max(most, *x);
+/// As many tokens as a vector has lanes, or fewer: what is done once per token is done for all of them at once. What
+/// becomes of one does not depend on the others.
+struct Tokens<'a> {
+    out: ViewMut<'a, f32, 3>,
+    /// Number of the first token, counted over all batches.
+    first: usize,
+    count: usize,
+}
+
+impl Tokens<'_> {
+    #[inline(always)]
+    fn row(&mut self, r: usize) -> &mut [f32] {
+        let len = self.out.shape()[1];
+        self.out.row_mut([(self.first + r) / len, (self.first + r) % len, 0])
     }
-    let last = start(l.load_head(tail), l.load_head(inverse_tail));
-    l.store_head(tail, last);
-    let mut largest = l.max_lane(most);
-    for x in &*tail {
-        largest = largest.max(*x);
+
+    #[inline(always)]
+    fn focus<L: Lanes>(&mut self, l: L, f: Focus<'_>, power: impl Power) {
+        let (zero, eps) = (l.zero(), l.splat(f.eps));
+        // Not a maximum, which might lose NaN.
+        let start =
+            |x: L::F, inverse: L::F| l.mul(l.add(l.select(l.lt(x, zero), zero, x), eps), inverse);
+        let mut parts = [zero; WIDEST];
+        for r in 0..self.count {
+            let row = self.row(r);
+            let (inverse, inverse_tail) = l.split(&f.inverse[..row.len()]);
+            let (full, tail) = l.split_mut(row);
+            let mut most = zero;
+            for (x, inverse) in full.iter_mut().zip(inverse) {
+                *x = start(*x, *inverse);
+                most = l.max(most, *x);
+            }
+            let last = start(l.load_head(tail), l.load_head(inverse_tail));
+            l.store_head(tail, last);
+            // Read back: zeros stand behind the end.
+            parts[r] = l.max(most, l.load_head(tail));
+        }
+        let largest = maxima(l, &parts);
+        let mut down = [0.0; WIDEST];
+        l.store(&mut down, l.div(l.splat(1.0), largest));
+        let (mut squares, mut powers) = ([zero; WIDEST], [zero; WIDEST]);
+        for r in 0..self.count {
+            let down = l.splat(down[r]);
+            let (mut square, mut sum) = (zero, zero);
+            let mut next = |x: L::F| {
+                let x = l.mul(x, down);
+                let y = l.flush(power.of(l, x));
+                square = l.mul_add(x, x, square);
+                sum = l.mul_add(y, y, sum);
+                y
+            };
+            let (full, tail) = l.split_mut(self.row(r));
+            for x in full {
+                *x = next(*x);
+            }
+            // Behind the end of the row stand zeros, and so they do after this.
+            let last = next(l.load_head(tail));
+            l.store_head(tail, last);
+            (squares[r], powers[r]) = (square, sum);
+        }
+        let ratio = l.div(sums(l, &squares), sums(l, &powers));
+        let mut factors = [0.0; WIDEST];
+        l.store(&mut factors, l.mul(largest, l.sqrt(ratio)));
+        for r in 0..self.count {
+            scale_row(l, self.row(r), factors[r]);
+        }
     }
-    let down = l.splat(1.0 / largest);
-    let (mut squares, mut powers) = (zero, zero);
-    let mut next = |x: L::F| {
-        let x = l.mul(x, down);
-        let y = l.flush(power.of(l, x));
-        squares = l.mul_add(x, x, squares);
-        powers = l.mul_add(y, y, powers);
-        y
-    };
-    let (full, tail) = l.split_mut(row);
-    for x in full {
-        *x = next(*x);
-    }
-    // Behind the end of the row stand zeros, and so they do after this.
-    let last = next(l.load_head(tail));
-    l.store_head(tail, last);
-    let factor = largest * libm::sqrtf(l.sum(squares) / l.sum(powers));
-    let factor = l.splat(factor);
-    let (full, tail) = l.split_mut(row);
-    for x in full {
-        *x = l.mul(*x, factor);
-    }
-    let last = l.mul(l.load_head(tail), factor);
-    l.store_head(tail, last);
 }
 
 /// `to = from`, rounded; the elements of one of the two are `f32`.

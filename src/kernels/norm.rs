@@ -3,7 +3,7 @@
 //! Sums run in four vectors of partial sums. With a mean, as many rows are taken at a time as a vector has lanes, so that
 //! what is done once per row is done for all of them at once; without, the last steps are in `f64`.
 
-use super::rows::{Map, RowKernel, map};
+use super::rows::{Map, RowKernel, WIDEST, map, sums};
 use crate::simd::{Lanes, math};
 use crate::tensor::{View, ViewMut};
 
@@ -149,36 +149,33 @@ impl<L: Lanes> Map<L, 2> for With<Through> {
     }
 }
 
-/// Lanes of the widest vector.
-const WIDEST: usize = 16;
-
 /// `sum (x - c)` and `sum (x - c)^2` of a row, lane by lane.
 #[inline(always)]
 fn moments<L: Lanes>(l: L, row: &[f32], c: f32) -> [L::F; 2] {
     const ONES: [f32; WIDEST] = [1.0; WIDEST];
     const PARTS: usize = 4;
     let (c, (full, tail)) = (l.splat(c), l.split(row));
-    let mut sums = [[l.zero(); PARTS]; 2];
+    let mut acc = [[l.zero(); PARTS]; 2];
     let mut groups = full.chunks_exact(PARTS);
     for x in &mut groups {
         for u in 0..PARTS {
             let d = l.sub(x[u], c);
-            sums[0][u] = l.add(sums[0][u], d);
-            sums[1][u] = l.mul_add(d, d, sums[1][u]);
+            acc[0][u] = l.add(acc[0][u], d);
+            acc[1][u] = l.mul_add(d, d, acc[1][u]);
         }
     }
     for (u, x) in groups.remainder().iter().enumerate() {
         let d = l.sub(*x, c);
-        sums[0][u] = l.add(sums[0][u], d);
-        sums[1][u] = l.mul_add(d, d, sums[1][u]);
+        acc[0][u] = l.add(acc[0][u], d);
+        acc[1][u] = l.mul_add(d, d, acc[1][u]);
     }
     if !tail.is_empty() {
         let inside = l.lt(l.zero(), l.load_head(&ONES[..tail.len()]));
         let d = l.select(inside, l.sub(l.load_head(tail), c), l.zero());
-        sums[0][3] = l.add(sums[0][3], d);
-        sums[1][3] = l.mul_add(d, d, sums[1][3]);
+        acc[0][3] = l.add(acc[0][3], d);
+        acc[1][3] = l.mul_add(d, d, acc[1][3]);
     }
-    sums.map(|[a, b, c, d]| l.add(l.add(a, b), l.add(c, d)))
+    acc.map(|[a, b, c, d]| l.add(l.add(a, b), l.add(c, d)))
 }
 
 /// `sum x` of a row, lane by lane.
@@ -186,26 +183,18 @@ fn moments<L: Lanes>(l: L, row: &[f32], c: f32) -> [L::F; 2] {
 fn total<L: Lanes>(l: L, row: &[f32]) -> L::F {
     const PARTS: usize = 4;
     let (full, tail) = l.split(row);
-    let mut sums = [l.zero(); PARTS];
+    let mut acc = [l.zero(); PARTS];
     let mut groups = full.chunks_exact(PARTS);
     for x in &mut groups {
         for u in 0..PARTS {
-            sums[u] = l.add(sums[u], x[u]);
+            acc[u] = l.add(acc[u], x[u]);
         }
     }
-    for (sum, x) in sums.iter_mut().zip(groups.remainder()) {
+    for (sum, x) in acc.iter_mut().zip(groups.remainder()) {
         *sum = l.add(*sum, *x);
     }
-    let [a, b, c, d] = sums;
+    let [a, b, c, d] = acc;
     l.add(l.add(a, b), l.add(c, l.add(d, l.load_head(tail))))
-}
-
-/// The sums of the lanes of each of some vectors, the first in the first lane.
-#[inline(always)]
-fn across<L: Lanes>(l: L, parts: &[L::F; WIDEST]) -> L::F {
-    let mut sum = l.zero();
-    l.transpose(|r| parts[r], |_, x| sum = l.add(sum, x));
-    sum
 }
 
 /// What rows are shifted and scaled by, as many at a time as there are lanes.
@@ -223,13 +212,13 @@ fn affine_rows<L: Lanes>(
     for (r, part) in parts[..rows].iter_mut().enumerate() {
         *part = total(l, x.row([first + r, 0]));
     }
-    l.store(&mut shifts, l.div(across(l, &parts), l.splat(width)));
+    l.store(&mut shifts, l.div(sums(l, &parts), l.splat(width)));
     for r in 0..rows {
         [parts[r], squares[r]] = moments(l, x.row([first + r, 0]), shifts[r]);
     }
     // What rounding left of the mean.
-    let rest = l.div(across(l, &parts), l.splat(width));
-    let square = l.neg_mul_add(rest, rest, l.div(across(l, &squares), l.splat(width)));
+    let rest = l.div(sums(l, &parts), l.splat(width));
+    let square = l.neg_mul_add(rest, rest, l.div(sums(l, &squares), l.splat(width)));
     let shift = l.add(l.load(&shifts), rest);
     l.store(&mut shifts, shift);
     let mut scales = [0.0; WIDEST];

@@ -41,6 +41,25 @@ impl<B: Backend, K: RowKernel<IN>, const IN: usize> Kernel<B> for Rows<'_, K, IN
     }
 }
 
+/// Lanes of the widest vector.
+pub(crate) const WIDEST: usize = 16;
+
+/// The sums of the lanes of each of some vectors, the first in the first lane. As many as there are lanes are looked at.
+#[inline(always)]
+pub(crate) fn sums<L: Lanes>(l: L, parts: &[L::F; WIDEST]) -> L::F {
+    let mut sum = l.zero();
+    l.transpose(|r| parts[r], |_, x| sum = l.add(sum, x));
+    sum
+}
+
+/// As [`sums`], the largest lanes, none of which is below 0.
+#[inline(always)]
+pub(crate) fn maxima<L: Lanes>(l: L, parts: &[L::F; WIDEST]) -> L::F {
+    let mut most = l.zero();
+    l.transpose(|r| parts[r], |_, x| most = l.max(most, x));
+    most
+}
+
 /// A function of vectors, a type so that helpers inline it.
 pub(crate) trait Map<L: Lanes, const IN: usize>: Copy {
     /// The new value from the old one and those of the inputs.

@@ -78,6 +78,28 @@ impl AgentSdConfig {
 /// [`TokenMerging`] and [`AgentAttention`] and `2 inner dim` flops per merged token for each projection.
 ///
 /// Source: Agent Attention (arXiv 2312.08874), section 4.4, and its code; [`TokenMerging`].
+///
+/// ```
+/// use linattn::layers::{AgentSdAttention, AgentSdConfig, Parameters};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // Zeros is a source of tensors; a checkpoint is another.
+/// let config = AgentSdConfig::early(32, 2, 16, [16, 16]);
+/// let attention = AgentSdAttention::load(config, &Parameters::new(&Zeros))?;
+/// assert_eq!((attention.features(), attention.agents()), (154, 16));
+/// let x = Tensor::<3>::from_slice(&vec![1.0; 256 * 32], [1, 256, 32])?;
+/// let mut y = x.clone();
+/// attention.forward(&Runtime::new()?, x.view(), y.view_mut())?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AgentSdAttention {
     config: AgentSdConfig,

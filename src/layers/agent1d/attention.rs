@@ -46,6 +46,35 @@ pub struct AgentSelfAttentionConfig {
 /// attention with `n` agents, the latter times the number of heads if they talk.
 ///
 /// Source: Agent Attention (arXiv 2312.08874) in the form of the package `agent-attention-pytorch`.
+///
+/// ```
+/// use linattn::layers::Parameters;
+/// use linattn::layers::agent1d::{AgentSelfAttention, AgentSelfAttentionConfig};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // Zeros is a source of tensors; a checkpoint is another.
+/// let config = AgentSelfAttentionConfig {
+///     dim: 16,
+///     heads: 2,
+///     dim_head: 8,
+///     agents: 4,
+///     talking_heads: true,
+///     gate: true,
+/// };
+/// let attention = AgentSelfAttention::load(config, &Parameters::new(&Zeros))?;
+/// let x = Tensor::<3>::zeros([1, 100, 16])?;
+/// let mut y = x.clone();
+/// attention.forward(&Runtime::new()?, x.view(), y.view_mut())?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AgentSelfAttention {
     config: AgentSelfAttentionConfig,

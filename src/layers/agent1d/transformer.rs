@@ -60,6 +60,39 @@ pub struct AgentTransformerConfig {
 /// [`AgentSelfAttention`](super::AgentSelfAttention), as are costs. Not causal.
 ///
 /// Source: Agent Attention (arXiv 2312.08874) in the form of the package `agent-attention-pytorch`.
+///
+/// ```
+/// use linattn::layers::Parameters;
+/// use linattn::layers::agent1d::{AgentTransformer, AgentTransformerConfig};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // Zeros is a source of tensors; a checkpoint is another.
+/// let config = AgentTransformerConfig {
+///     dim: 16,
+///     depth: 2,
+///     heads: 2,
+///     dim_head: 8,
+///     agents: 4,
+///     ff_mult: 2,
+///     talking_heads: true,
+///     gate: true,
+///     sub_layernorm: false,
+///     final_norm: true,
+/// };
+/// let model = AgentTransformer::load(config, &Parameters::new(&Zeros))?;
+/// let x = Tensor::<3>::zeros([1, 100, 16])?;
+/// let mut y = x.clone();
+/// model.forward(&Runtime::new()?, x.view(), None, y.view_mut(), None)?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AgentTransformer {
     config: AgentTransformerConfig,

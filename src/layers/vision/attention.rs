@@ -24,6 +24,35 @@ const OP: &str = "vision attention";
 ///
 /// `mix` is a [`MapAttention`], or one for each half of the channels with [`Scope::Cross`]. `8 dim^2` flops per
 /// token for the projections besides those of the attention.
+///
+/// ```
+/// use linattn::layers::Parameters;
+/// use linattn::layers::vision::{Mechanism, Scope, VisionAttention, VisionAttentionConfig};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // The attention of Agent-DeiT-T; Zeros is a source of tensors, a checkpoint is another.
+/// let config = VisionAttentionConfig {
+///     dim: 192,
+///     heads: 3,
+///     map: [14, 14],
+///     scope: Scope::Whole { class_token: true },
+///     mechanism: Mechanism::Agent { agents: 49 },
+///     qkv_bias: true,
+/// };
+/// let attention = VisionAttention::load(config, &Parameters::new(&Zeros).at("blocks.0.attn"))?;
+/// let x = Tensor::<3>::zeros([1, 197, 192])?;
+/// let mut y = x.clone();
+/// attention.forward(&Runtime::new()?, x.view(), y.view_mut())?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct VisionAttention {
     config: VisionAttentionConfig,

@@ -29,6 +29,35 @@ pub struct VisionBlockConfig {
 ///
 /// The block of DeiT, PVT, Swin and CSwin, whatever mixes their tokens. Sources: ViT (arXiv 2010.11929), Swin
 /// (2103.14030), PVT (2102.12122), CSwin (2107.00652).
+///
+/// ```
+/// use linattn::layers::Parameters;
+/// use linattn::layers::vision::{Mechanism, Scope, VisionAttentionConfig, VisionBlock, VisionBlockConfig};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // A shifted block of Swin; Zeros is a source of tensors, a checkpoint is another.
+/// let attention = VisionAttentionConfig {
+///     dim: 96,
+///     heads: 3,
+///     map: [14, 14],
+///     scope: Scope::Windows { window: [7, 7], shift: [3, 3] },
+///     mechanism: Mechanism::Softmax,
+///     qkv_bias: true,
+/// };
+/// let config = VisionBlockConfig { attention, mlp_hidden: 384, mlp_conv: false, norm_eps: 1e-5 };
+/// let block = VisionBlock::load(config, &Parameters::new(&Zeros).at("layers.0.blocks.1"))?;
+/// let mut x = Tensor::<3>::zeros([1, 196, 96])?;
+/// block.forward(&Runtime::new()?, x.view_mut())?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct VisionBlock {
     config: VisionBlockConfig,

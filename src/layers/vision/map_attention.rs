@@ -22,6 +22,28 @@ const OP: &str = "map attention";
 /// Queries, keys and values come projected; [`VisionAttention`](super::VisionAttention) is the whole layer. With
 /// the [`Scope::Cross`](super::Scope::Cross) of CSwin, where the projections belong to the block, this is what its
 /// code calls attention.
+///
+/// ```
+/// use linattn::layers::Parameters;
+/// use linattn::layers::vision::{MapAttention, MapAttentionConfig, Mechanism};
+/// use linattn::{Runtime, tensor::Tensor};
+/// # struct Zeros;
+/// # impl linattn::io::TensorSource for Zeros {
+/// #     fn contains(&self, _: &str) -> bool {
+/// #         true
+/// #     }
+/// #     fn tensor<const N: usize>(&self, _: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+/// #         Tensor::zeros(shape)
+/// #     }
+/// # }
+/// // Zeros is a source of tensors; a checkpoint is another.
+/// let config = MapAttentionConfig::whole(32, 2, [8, 8], Mechanism::Agent { agents: 9 });
+/// let attention = MapAttention::load(config, &Parameters::new(&Zeros))?;
+/// let x = Tensor::<3>::zeros([1, 64, 32])?;
+/// let mut y = x.clone();
+/// attention.forward(&Runtime::new()?, x.view(), x.view(), x.view(), y.view_mut())?;
+/// # Ok::<(), linattn::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct MapAttention {
     config: MapAttentionConfig,
