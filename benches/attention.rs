@@ -1,6 +1,8 @@
 //! Attention cores, one thread, eight heads.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use linattn::attention::agent::AgentAttention;
+use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention};
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
 use linattn::attention::mixed_chunk::{MixedChunkAttention, MixedChunkConfig};
@@ -41,6 +43,17 @@ fn attention(c: &mut Criterion) {
             let linear = LinearAttention::new(FeatureMap::Elu1);
             group.bench_function(id("linear"), |b| {
                 b.iter(|| linear.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), None));
+            });
+            let agents = normal([1, 49, HEADS, dim], 5);
+            group.bench_function(id("agent"), |b| {
+                let (q, k, v, a) = (q.view(), k.view(), v.view(), agents.view());
+                b.iter(|| AgentAttention::new().forward(&rt, q, k, v, a, out.view_mut()));
+            });
+            let config = FocusedConfig { heads: HEADS, ..FocusedConfig::default() };
+            let focused = FocusedLinearAttention::new(config, &vec![0.0; HEADS * dim]);
+            let focused = focused.expect("scales");
+            group.bench_function(id("focused"), |b| {
+                b.iter(|| focused.forward(&rt, q.view(), k.view(), v.view(), out.view_mut()));
             });
             let softmax = SoftmaxAttention::new().with_mask(Mask::Causal);
             group.bench_function(id("softmax-causal"), |b| {

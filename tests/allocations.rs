@@ -1,10 +1,14 @@
-//! Decoding allocates nothing once the shapes are known. A program without test harness: the counter sees all
+//! Decoding, and what vision models are made of, allocates nothing once the shapes are known. A program without test harness: the counter sees all
 //! threads, and a harness has some of its own.
 
-use linattn::Runtime;
+use linattn::attention::agent::{AgentAttention, AgentExtra};
+use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention};
+use linattn::layers::{DepthwiseConfig, DepthwiseConv2d, Resample};
 use linattn::models::{
     Architecture, Decoder, FlashLmConfig, Sampler, SamplerConfig, TransNormerConfig,
 };
+use linattn::tensor::{Tensor, View, ViewMut};
+use linattn::{Result, Runtime};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -57,6 +61,40 @@ fn decode(rt: &Runtime, config: impl Architecture, batch: usize, steps: usize) -
     CALLS.load(Ordering::Relaxed) - before
 }
 
+/// Allocations of operations on a map of `side * side` tokens, after one round of them.
+fn vision(rt: &Runtime, side: usize) -> Result<usize> {
+    let (heads, dim, n, bins) = (2, 16, side * side, 3);
+    let (q, mut out) = (Tensor::zeros([1, n, heads, dim])?, Tensor::zeros([1, n, heads, dim])?);
+    let mut agents = Tensor::<4>::zeros([1, bins * bins, heads, dim])?;
+    let (bias, mask) = (Tensor::<3>::zeros([heads, bins * bins, n])?, vec![true; n]);
+    let pool = Resample::average([side; 2], [bins; 2])?;
+    let kernel = Tensor::<4>::zeros([heads * dim, 1, 3, 3])?;
+    let conv = DepthwiseConv2d::new(kernel.view(), None, DepthwiseConfig::same(3))?;
+    let config = FocusedConfig { heads, ..FocusedConfig::default() };
+    let focused = FocusedLinearAttention::new(config, &vec![0.0; heads * dim])?;
+    let mut before = 0;
+    for round in 0..4 {
+        if round == 1 {
+            before = CALLS.load(Ordering::Relaxed);
+        }
+        let map = View::new(q.as_slice(), [1, side, side, heads * dim])?;
+        let (q, tokens) = (q.view(), [1, n, heads * dim]);
+        let shape = [1, bins, bins, heads * dim];
+        let means = ViewMut::new(agents.as_mut_slice(), shape)?;
+        pool.forward(rt, map, means)?;
+        let extra = AgentExtra {
+            agent_bias: Some(bias.view()),
+            key_mask: Some(View::new(&mask, [1, n])?),
+            ..AgentExtra::default()
+        };
+        AgentAttention::new().forward_with(rt, q, q, q, agents.view(), out.view_mut(), extra)?;
+        let to = ViewMut::new(out.as_mut_slice(), tokens)?;
+        conv.accumulate(rt, map, to.split_rows([side; 2])?)?;
+        focused.forward(rt, q, q, q, out.view_mut())?;
+    }
+    Ok(CALLS.load(Ordering::Relaxed) - before)
+}
+
 fn main() {
     let small = || TransNormerConfig::sized(64, 32, 2, 4, 48);
     let rt = Runtime::builder().threads(1).build().expect("a runtime");
@@ -65,6 +103,7 @@ fn main() {
     // More steps than a chunk has rows: it is added up and begun again.
     let flash = FlashLmConfig { group_size: 16, ..FlashLmConfig::sized(64, 32, 2) };
     assert_eq!(decode(&rt, flash, 2, 500), 0, "chunks");
+    assert_eq!(vision(&rt, 40).expect("good calls"), 0, "maps");
     #[cfg(feature = "parallel")]
     {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool");
@@ -73,5 +112,5 @@ fn main() {
         let calls = pool.install(|| decode(&rt, large, 2, 50));
         assert_eq!(calls, 0, "three threads");
     }
-    println!("decoding allocates nothing: ok");
+    println!("nothing was allocated: ok");
 }

@@ -10,8 +10,8 @@ use linattn::tensor::{Element, Rng, Tensor, View, ViewMut};
 use linattn::{Result, Runtime};
 
 /// q, k, v and the output of one operation.
-struct Case<E: Element> {
-    q: Tensor<4, E>,
+pub struct Case<E: Element> {
+    pub q: Tensor<4, E>,
     k: Tensor<4, E>,
     v: Tensor<4, E>,
     out: Tensor<4, E>,
@@ -20,7 +20,7 @@ struct Case<E: Element> {
 
 impl<E: Element> Case<E> {
     /// Normal inputs, queries scaled by `dim^-1/2`.
-    fn new(args: &Args) -> Result<Self> {
+    pub fn new(args: &Args) -> Result<Self> {
         let Args { batch, n, heads, dim, .. } = *args;
         let dv = args.dv.unwrap_or(dim);
         let mut rng = Rng::new(args.seed);
@@ -45,7 +45,7 @@ impl<E: Element> Case<E> {
         })
     }
 
-    fn views(&mut self) -> ([View<'_, E, 4>; 3], ViewMut<'_, E, 4>) {
+    pub fn views(&mut self) -> ([View<'_, E, 4>; 3], ViewMut<'_, E, 4>) {
         let (views, out) = ([self.q.view(), self.k.view(), self.v.view()], self.out.view_mut());
         match self.layout {
             Layout::Bthd => (views, out),
@@ -60,10 +60,10 @@ impl<E: Element> Case<E> {
     }
 
     /// Relative error and tolerance against a definition that is given one head at a time.
-    fn error(
+    pub fn error(
         &mut self,
         args: &Args,
-        definition: impl Fn(usize, &[f64], &[f64], &[f64]) -> Vec<f64>,
+        mut definition: impl FnMut(usize, &[f64], &[f64], &[f64]) -> Vec<f64>,
     ) -> (f64, f64) {
         let ([q, k, v], mut out) = self.views();
         let [batch, n, heads, _] = q.shape();
@@ -79,7 +79,7 @@ impl<E: Element> Case<E> {
     }
 
     /// One head as `f64`.
-    fn head(view: View<'_, E, 4>, b: usize, h: usize) -> Vec<f64> {
+    pub fn head(view: View<'_, E, 4>, b: usize, h: usize) -> Vec<f64> {
         let [_, n, ..] = view.shape();
         (0..n).flat_map(|t| view.row([b, t, h, 0])).map(|x| f64::from(x.to_f32())).collect()
     }

@@ -10,6 +10,7 @@ mod decode;
 mod flash;
 mod gemm;
 mod timing;
+mod vision;
 
 use clap::{Parser, ValueEnum};
 use linattn::layers::WeightFormat;
@@ -30,6 +31,10 @@ enum What {
     LinearNoncausal,
     /// Softmax attention (`--causal` for the causal one).
     Softmax,
+    /// Agent attention (`--agents`, `--bias`, `--pool`).
+    Agent,
+    /// Focused linear attention.
+    Focused,
     /// Mixed chunk attention (`--chunk`, `--s`, `--e`, `--causal`).
     MixedChunk,
     /// Quadratic attention without softmax (`--s`, `--e`, `--causal`).
@@ -102,6 +107,15 @@ struct Args {
     /// Shared dimension of a product.
     #[arg(long, default_value_t = 128)]
     k: usize,
+    /// Agents of agent attention.
+    #[arg(long, default_value_t = 49)]
+    agents: usize,
+    /// Add position biases to the scores of agent attention.
+    #[arg(long)]
+    bias: bool,
+    /// Take agents from the queries, as means over a square map, in every call.
+    #[arg(long)]
+    pool: bool,
     /// Hide later keys.
     #[arg(long)]
     causal: bool,
@@ -171,6 +185,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::Silence => decode::silence(&args, &rt)?,
         What::LinearNoncausal => attention::linear_noncausal(&args, &rt)?,
         What::Softmax => attention::softmax(&args, &rt)?,
+        What::Agent => vision::agent(&args, &rt)?,
+        What::Focused => vision::focused(&args, &rt)?,
         What::MixedChunk => flash::mixed_chunk(&args, &rt)?,
         What::Gau => flash::gau(&args, &rt)?,
         What::FlashLayer => flash::flash_layer(&args, &rt)?,
