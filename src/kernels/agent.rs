@@ -12,6 +12,7 @@
 //! Keys are the rows of `S` in both steps: they are read where they lie, one packed `A^T` serves both, and the softmax
 //! over keys needs nothing across a vector.
 
+use super::ahead::{Ahead, Meanwhile};
 use super::attend::{Block, Plain, stage};
 use super::softmax::{Online, exp_rows, online_columns, scale_row};
 use super::staging::rows_of;
@@ -46,6 +47,18 @@ impl AgentShape {
     /// Distance between rows of scores: room for whole tiles, and no power of two.
     fn stride(&self) -> usize {
         self.padded() + PANEL / 2
+    }
+
+    /// Rows of tiles that a [`Gather`] of `m` keys computes.
+    #[must_use]
+    pub fn gather_rows(&self, m: usize) -> usize {
+        m * self.n.div_ceil(PANEL) + self.n * self.dv.div_ceil(PANEL)
+    }
+
+    /// Rows of tiles that an [`Ask`] of `m` queries computes.
+    #[must_use]
+    pub fn ask_rows(&self, m: usize) -> usize {
+        m * (self.n.div_ceil(PANEL) + self.dv.div_ceil(PANEL))
     }
 
     /// Elements of the packed agents of a head.
@@ -100,6 +113,8 @@ pub struct AgentWork<'a, B: Backend> {
     // Dropped in this order: the later session goes first.
     session: <B::T as Tiles>::Session,
     score_session: <B::S as Tiles>::Session,
+    /// What is needed next, asked for during the products of the next kernel.
+    pub ahead: Ahead,
 }
 
 impl<'a, B: Backend> AgentWork<'a, B> {
@@ -123,6 +138,7 @@ impl<'a, B: Backend> AgentWork<'a, B> {
             values,
             session,
             score_session,
+            ahead: Ahead::none(),
         };
         (work, list)
     }
@@ -249,8 +265,9 @@ impl<B: Backend, E: Element> Kernel<B> for Gather<'_, '_, B, E> {
         let left = t.pack_left(b, left, None, n, m, work.left_p);
         let term = Term { left, right: B::T::right(work.values, m), k: m };
         let out = ViewMut::new(sums, [n, dv]).expect("n x dv sums");
-        let mut store = Store { keep: Keep::Rows(work.factor), ..Store::new(out) };
-        t.product(b, &work.session, &plain(n, dv, term), &mut store);
+        let sink = Store { keep: Keep::Rows(work.factor), ..Store::new(out) };
+        let mut sink = Meanwhile { sink, ahead: &mut work.ahead };
+        t.product(b, &work.session, &plain(n, dv, term), &mut sink);
     }
 }
 
@@ -334,7 +351,8 @@ impl<B: Backend, E: Element> Kernel<B> for Ask<'_, '_, B, E> {
         let scale = Some(&*work.weight);
         let Some((v, factor)) = shortcut else {
             let out = out.slice(0, at, at + m);
-            let mut sink = Narrow { out, convert: c, scale };
+            let sink = Narrow { out, convert: c, scale };
+            let mut sink = Meanwhile { sink, ahead: &mut work.ahead };
             return t.product(b, &work.session, &product, &mut sink);
         };
         let (rows, value) = work.rows.split_at_mut(BLOCK * dv);
@@ -368,7 +386,9 @@ fn scores<B: Backend, E: Element>(
     let (s, AgentShape { n, dk, .. }, stride) = (b.scores(), work.shape, work.shape.stride());
     let left = s.pack_left(b, rows, None, m, dk, work.left);
     let product = plain(m, n, Term { left, right: B::S::right(agents, dk), k: dk });
-    s.product(b, &work.score_session, &product, &mut Scores(work.scores, stride));
+    let sink = Scores(&mut *work.scores, stride);
+    let mut sink = Meanwhile { sink, ahead: &mut work.ahead };
+    s.product(b, &work.score_session, &product, &mut sink);
 }
 
 /// Whole tiles on their way to memory.

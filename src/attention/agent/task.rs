@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::kernels::agent::{
     AgentShape, AgentWork, Ask, BLOCK, Gather, PackAgents, Settle, reset, values,
 };
+use crate::kernels::ahead::{Ahead, Part};
 use crate::kernels::attend::Block;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
@@ -122,9 +123,22 @@ fn gather<B: Backend, E: Element>(b: B, job: GatherJob<'_, '_, B, E>, mut cut: C
             }
             for h in range.clone() {
                 let (n, head) = at(first + h);
+                let (k, v) = (call.k.head(n, head), call.v.head(n, head));
+                // The same keys of the next head, or the next keys of the first one.
+                work.ahead = match block {
+                    Block::Run(key, m) => {
+                        let (to, rows) = match h + 1 < range.end {
+                            true => (at(first + h + 1).1, [key, m]),
+                            false => (at(from).1, [next, BLOCK]),
+                        };
+                        let parts = [call.k.head(n, to), call.v.head(n, to)];
+                        Ahead::new(parts.map(|x| Part::of(x, rows)), shape.gather_rows(m))
+                    }
+                    Block::List(_) => Ahead::none(),
+                };
                 b.call(Gather {
-                    k: (dk > 0 && !blind).then(|| call.k.head(n, head)),
-                    v: call.v.head(n, head),
+                    k: (dk > 0 && !blind).then_some(k),
+                    v,
                     block,
                     bias: call.agent_bias.filter(|_| !blind).map(|x| x.matrix(head)),
                     agents: &agents[h * a_len..][..a_len],
@@ -197,11 +211,19 @@ fn ask<B: Backend, E: Element>(
     let groups = (0..batch).flat_map(|n| (0..heads).step_by(most).map(move |h| (n, h)));
     for (n, from) in groups {
         for at in (0..lq).step_by(BLOCK) {
-            for h in from..heads.min(from + most) {
+            let (end, m) = (heads.min(from + most), BLOCK.min(lq - at));
+            for h in from..end {
                 let place = (job.batch + n) * heads + h;
+                let (to, rows) =
+                    if h + 1 < end { (h + 1, [at, m]) } else { (from, [at + m, BLOCK]) };
+                let parts = [
+                    Part::of(job.q.head(n, to), rows),
+                    Part::of_mut(&job.out.head_mut(n, to), rows),
+                ];
+                work.ahead = Ahead::new(parts, shape.ask_rows(m));
                 b.call(Ask {
                     q: job.q.head(n, h),
-                    rows: [at, BLOCK.min(lq - at)],
+                    rows: [at, m],
                     bias: job.bias.map(|x| x.matrix(h)),
                     shortcut: job.shortcut.map(|(v, f)| (v.head(n, h), f)),
                     agents: &agents[place * a_len..][..a_len],
