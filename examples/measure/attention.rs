@@ -21,6 +21,11 @@ pub struct Case<E: Element> {
 impl<E: Element> Case<E> {
     /// Normal inputs, queries scaled by `dim^-1/2`.
     pub fn new(args: &Args) -> Result<Self> {
+        Self::scaled(args, (args.dim as f32).powf(-0.5))
+    }
+
+    /// Normal inputs, queries times `scale`.
+    pub fn scaled(args: &Args, scale: f32) -> Result<Self> {
         let Args { batch, n, heads, dim, .. } = *args;
         let dv = args.dv.unwrap_or(dim);
         let mut rng = Rng::new(args.seed);
@@ -35,7 +40,7 @@ impl<E: Element> Case<E> {
             }
             Ok(t)
         };
-        let q = make(dim, (dim as f32).powf(-0.5))?;
+        let q = make(dim, scale)?;
         Ok(Self {
             q,
             k: make(dim, 1.0)?,

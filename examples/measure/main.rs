@@ -6,6 +6,7 @@
 //! ```
 
 mod attention;
+mod baselines;
 mod decode;
 mod flash;
 mod gemm;
@@ -41,6 +42,12 @@ enum What {
     Gau,
     /// A whole FLASH layer (also `--d`).
     FlashLayer,
+    /// Performer attention (`--features`, `--kernel softmax|relu`, `--causal`).
+    Performer,
+    /// Combiner attention (`--variant fixed|rowmajor|mixture`, `--chunk`, `--causal`).
+    Combiner,
+    /// A block of Transformer++ with random weights (`--ffn`, `--causal`).
+    TransformerPp,
     /// Tokens per second of a whole model (`--config`).
     GenerateDecode,
     /// One matrix product.
@@ -116,6 +123,18 @@ struct Args {
     /// Take agents from the queries, as means over a square map, in every call.
     #[arg(long)]
     pool: bool,
+    /// Random features of Performer (`dim ln dim` if not given).
+    #[arg(long)]
+    features: Option<usize>,
+    /// Kernel of Performer: softmax, relu.
+    #[arg(long, default_value = "softmax")]
+    kernel: String,
+    /// Variant of Combiner: fixed, rowmajor, mixture.
+    #[arg(long, default_value = "fixed")]
+    variant: String,
+    /// Inner width of the feed-forward layer of a block.
+    #[arg(long)]
+    ffn: Option<usize>,
     /// Hide later keys.
     #[arg(long)]
     causal: bool,
@@ -190,6 +209,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::MixedChunk => flash::mixed_chunk(&args, &rt)?,
         What::Gau => flash::gau(&args, &rt)?,
         What::FlashLayer => flash::flash_layer(&args, &rt)?,
+        What::Performer => baselines::performer(&args, &rt)?,
+        What::Combiner => baselines::combiner(&args, &rt)?,
+        What::TransformerPp => baselines::transformer_pp(&args, &rt)?,
         What::GenerateDecode => decode::generate_decode(&args, &rt)?,
         What::Gemm => gemm::gemm(&args, &rt),
     };

@@ -100,6 +100,17 @@ impl KvCache {
         Ok((used_mut(&mut self.k, from, self.len), used_mut(&mut self.v, from, self.len)))
     }
 
+    /// All rooms, `[batch, heads, room, dim]`.
+    pub(crate) fn rooms_mut(&mut self) -> (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>) {
+        (self.k.view_mut(), self.v.view_mut())
+    }
+
+    /// Counts as many tokens as have been written to their rooms.
+    pub(crate) fn set_len(&mut self, len: usize) {
+        debug_assert!(len <= self.k.shape()[2]);
+        self.len = len;
+    }
+
     /// Forgets the tokens behind the first `len`.
     pub(crate) fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);

@@ -5,12 +5,14 @@
 
 pub mod agent;
 mod cache;
+pub mod combiner;
 pub mod focused;
 pub mod lightning;
 pub mod linear;
 mod mask;
 pub mod merge;
 pub mod mixed_chunk;
+pub mod performer;
 pub mod quadratic;
 mod scale;
 pub mod softmax;

@@ -255,8 +255,10 @@ pub struct Attend<'a, B: Backend> {
     pub bias: Option<Bias<'a>>,
     /// Running maxima, sums and factors; as many rows as `max` has.
     pub online: Online<'a>,
-    /// Running weighted sums, `rows x dv`.
+    /// Running weighted sums, rows of `dv`.
     pub acc: &'a mut [f32],
+    /// Distance between them.
+    pub acc_stride: usize,
     /// [`ROWS`] times [`STRIDE`].
     pub scores: &'a mut [f32],
     /// Room for packed queries.
@@ -290,6 +292,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
     fn run(self, b: B) {
         let (l, t, s) = (b.lanes(), b.tiles(), b.scores());
         let Attend { q, q_stride, dk, dv, block, visible, bias, online, acc, scores, .. } = self;
+        let acc_stride = self.acc_stride;
         let (rows, n) = (online.max.len(), visible.width());
         match self.keys {
             Keys::Packed(keys) => {
@@ -337,7 +340,8 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
                     causal: false,
                     lower: false,
                 };
-                let out = ViewMut::with_strides(acc, [rows, dv], [dv, 1]).expect("rows x dv sums");
+                let out = ViewMut::with_strides(acc, [rows, dv], [acc_stride, 1])
+                    .expect("rows x dv sums");
                 let mut store = Store { keep: Keep::Rows(factor), ..Store::new(out) };
                 t.product(b, self.session, &product, &mut store);
             }
@@ -345,7 +349,7 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
                 for r in 0..rows {
                     let p = &scores[r * STRIDE..][..visible.of(r)];
                     let hidden = bias.map(|bias| (bias.row(r), block));
-                    gather(l, p, v, hidden, factor[r], &mut acc[r * dv..][..dv]);
+                    gather(l, p, v, hidden, factor[r], &mut acc[r * acc_stride..][..dv]);
                 }
             }
         }

@@ -1,7 +1,86 @@
 //! Feature maps of linear attention, applied to rows.
 
+use crate::scratch::Cut;
 use crate::simd::{Backend, Lanes, math};
 use crate::tensor::{Element, View};
+
+/// Which side of the product features are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+}
+
+/// Makes features of rows of queries and keys: element by element, or by mixing a whole row.
+pub trait Features: Copy + Send + Sync {
+    /// What a thread needs for it.
+    type Work<'w, B: Backend>;
+
+    /// Features of a row of `inputs` elements.
+    fn width(&self, inputs: usize) -> usize {
+        inputs
+    }
+
+    /// Bytes of a [`Work`](Self::Work).
+    fn bytes<B: Backend>(&self, inputs: usize) -> usize;
+
+    /// Cuts a [`Work`](Self::Work) off scratch.
+    fn work<'w, B: Backend>(&self, b: B, inputs: usize, cut: &mut Cut<'w>) -> Self::Work<'w, B>;
+
+    /// The same for one head of a call.
+    #[must_use]
+    fn head(&self, _batch: usize, _head: usize) -> Self {
+        *self
+    }
+
+    /// The same for batch rows (`axis` 0) or heads (`axis` 2) `from .. to` of a call.
+    #[must_use]
+    fn part(&self, _axis: usize, _from: usize, _to: usize) -> Self {
+        *self
+    }
+
+    /// Features of rows `at .. at + rows` of `src`, at most [`MOST`]; those of row `r` go to `dst[r * stride ..]`.
+    #[allow(clippy::too_many_arguments)] // rows from here to there
+    fn rows<B: Backend, E: Element>(
+        &self,
+        b: B,
+        work: &mut Self::Work<'_, B>,
+        side: Side,
+        src: View<'_, E, 2>,
+        rows: [usize; 2],
+        dst: &mut [f32],
+        stride: usize,
+    );
+}
+
+/// Rows that features are made of at a time.
+pub const MOST: usize = 96;
+
+impl Features for FeatureMap {
+    type Work<'w, B: Backend> = ();
+
+    fn bytes<B: Backend>(&self, _: usize) -> usize {
+        0
+    }
+
+    fn work<'w, B: Backend>(&self, _: B, _: usize, _: &mut Cut<'w>) {}
+
+    #[inline(always)]
+    fn rows<B: Backend, E: Element>(
+        &self,
+        b: B,
+        (): &mut (),
+        _: Side,
+        src: View<'_, E, 2>,
+        rows: [usize; 2],
+        dst: &mut [f32],
+        stride: usize,
+    ) {
+        map_rows(b, *self, src, rows, dst, stride);
+    }
+}
 
 /// What is applied to every element of queries and keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -210,7 +210,7 @@ fn finite(max: f32) -> f32 {
 
 /// The largest element, minus infinity if there is none. A NaN may or may not be returned.
 #[inline(always)]
-fn row_max<L: Lanes>(l: L, row: &[f32]) -> f32 {
+pub fn row_max<L: Lanes>(l: L, row: &[f32]) -> f32 {
     const ONES: [f32; 16] = [1.0; 16];
     let low = l.splat(f32::NEG_INFINITY);
     let (full, tail) = l.split(row);

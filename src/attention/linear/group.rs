@@ -3,6 +3,7 @@
 
 use crate::kernels::ahead::{Ahead, Part};
 use crate::kernels::chunk::{FromPanels, ToPanels};
+use crate::kernels::feature_map::Features;
 use crate::kernels::linear::{Absorb, BLOCK, CHUNK, Chunk, Form, LinearShape, LinearWork, Read};
 use crate::scratch::bytes_of;
 use crate::simd::Backend;
@@ -22,20 +23,20 @@ pub(super) fn sums_bytes(shape: LinearShape) -> usize {
 
 /// Heads `first .. first + count` of batch row `batch`. Their sums lie one after the other.
 #[derive(Clone, Copy)]
-pub(super) struct Group {
-    pub form: Form,
+pub(super) struct Group<M> {
+    pub form: Form<M>,
     pub shape: LinearShape,
     pub batch: usize,
     pub first: usize,
     pub count: usize,
 }
 
-impl Group {
+impl<M: Features> Group<M> {
     /// Sums, normaliser and number of every head.
     fn heads<'s>(
         &self,
         sums: &'s mut [f32],
-    ) -> impl Iterator<Item = (usize, &'s mut [f32], &'s mut [f32])> + use<'s> {
+    ) -> impl Iterator<Item = (usize, &'s mut [f32], &'s mut [f32])> + use<'s, M> {
         let Self { shape, first, .. } = *self;
         let heads = sums.chunks_exact_mut(sums_len(shape)).enumerate();
         heads.map(move |(h, sums)| {
@@ -56,7 +57,9 @@ impl Group {
     /// Brings states into `sums`, zeros if there are none.
     pub fn load<B: Backend>(&self, b: B, states: &mut Option<States<'_>>, sums: &mut [f32]) {
         sums.fill(0.0);
-        let Some((s, z)) = states else { return };
+        let Some((s, z)) = states else {
+            return self.heads(sums).for_each(|(_, _, sum)| sum.fill(self.form.start));
+        };
         for (h, panels, sum) in self.heads(sums) {
             if self.shape.dv > 0 {
                 let state = s.reborrow().head_rows(self.batch, h);
@@ -85,7 +88,7 @@ impl Group {
         [k, v]: [View<'_, E, 4>; 2],
         [from, len]: [usize; 2],
         sums: &mut [f32],
-        work: &mut LinearWork<'_, B>,
+        work: &mut LinearWork<'_, B, M>,
     ) {
         let (form, n) = (self.form, self.batch);
         for at in (0..len).step_by(BLOCK) {
@@ -95,6 +98,7 @@ impl Group {
                 let ahead = [k, v].map(|x| Part::of(x.head(n, next), then));
                 work.ahead = Ahead::new(ahead, self.shape.absorb_rows());
                 let (k, v, work) = (k.head(n, h), v.head(n, h), &mut *work);
+                let form = form.head(n, h);
                 b.call(Absorb { form, k, v, rows, work, state, z });
             }
         }
@@ -106,7 +110,7 @@ impl Group {
         b: B,
         q: View<'_, E, 4>,
         sums: &[f32],
-        work: &mut LinearWork<'_, B>,
+        work: &mut LinearWork<'_, B, M>,
         mut out: ViewMut<'_, E, 4>,
     ) {
         let (form, n, len) = (self.form, self.batch, q.shape()[1]);
@@ -123,6 +127,7 @@ impl Group {
                     [Part::of(q.head(n, next), then), Part::of_mut(&out.head_mut(n, next), then)];
                 work.ahead = Ahead::new(ahead, self.shape.read_rows(rows[1]));
                 let (q, out, work) = (q.head(n, h), out.head_mut(n, h), &mut *work);
+                let form = form.head(n, h);
                 b.call(Read { form, q, rows, work, state, z, out });
             }
         }
@@ -134,7 +139,7 @@ impl Group {
         b: B,
         [q, k, v]: [View<'_, E, 4>; 3],
         sums: &mut [f32],
-        work: &mut LinearWork<'_, B>,
+        work: &mut LinearWork<'_, B, M>,
         out: &mut ViewMut<'_, E, 4>,
     ) {
         let (form, n, len) = (self.form, self.batch, q.shape()[1]);
@@ -147,7 +152,7 @@ impl Group {
                 let tiles = self.shape.read_rows(rows[1]) + self.shape.absorb_rows();
                 work.ahead = Ahead::new([k_next, q_next, v_next, out_next], tiles);
                 let [q, k, v] = [q, k, v].map(|x| x.head(n, h));
-                let (work, out) = (&mut *work, out.head_mut(n, h));
+                let (work, out, form) = (&mut *work, out.head_mut(n, h), form.head(n, h));
                 b.call(Chunk { form, q, k, v, rows, work, state, z, out });
             }
         }

@@ -4,7 +4,7 @@ mod group;
 pub mod naive;
 mod shared;
 mod state;
-mod task;
+pub(in crate::attention) mod task;
 
 pub use crate::kernels::feature_map::FeatureMap;
 pub use state::LinearState;
@@ -115,7 +115,7 @@ impl LinearAttention {
         expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
         expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
         expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
-        let form = Form { map: self.map, scale: self.scale.of(dk), eps: self.eps };
+        let form = Form { map: self.map, scale: self.scale.of(dk), eps: self.eps, start: 0.0 };
         let Some(state) = state else {
             return task::run(rt, form, self.causal, [q, k, v], out, None);
         };
@@ -129,7 +129,7 @@ impl LinearAttention {
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most.
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, heads: usize, dk: usize, dv: usize) -> usize {
-        task::scratch_bytes(rt, heads, dk, dv)
+        task::scratch_bytes(rt, self.map, heads, dk, dv)
     }
 }
 
@@ -142,6 +142,6 @@ pub(super) fn features(
     out: ViewMut<'_, f32, 4>,
     sums: (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>),
 ) -> Result<()> {
-    let form = Form { map: FeatureMap::Identity, scale: 1.0, eps };
+    let form = Form { map: FeatureMap::Identity, scale: 1.0, eps, start: 0.0 };
     task::run(rt, form, false, [q, k, v], out, Some(sums))
 }

@@ -5,6 +5,7 @@
 
 use super::group::{Group, States, sums_bytes, sums_len};
 use super::task::SEGMENT;
+use crate::kernels::feature_map::Features;
 use crate::kernels::linear::{BLOCK, Form, LinearShape, LinearWork};
 use crate::kernels::staging::Combine;
 use crate::runtime::{Divide, divide};
@@ -25,9 +26,10 @@ pub(super) fn bytes<B: Backend>(
     heads: usize,
     lk: usize,
     parts: usize,
+    map: &impl Features,
 ) -> usize {
     let sums = (1 + ahead(lk)) * heads * sums_bytes(shape);
-    sums + bytes_of::<u8>(parts * shape.bytes::<B>())
+    sums + bytes_of::<u8>(parts * shape.bytes::<B>(map))
 }
 
 /// Segments `at ..` of all heads of one batch row, as many as `sums` holds.
@@ -74,18 +76,18 @@ impl<E: Element> Divide for ReadJob<'_, E> {
 }
 
 /// All of a call, by `parts` threads.
-pub(super) fn run<B: Backend, E: Element>(
+pub(super) fn run<B: Backend, E: Element, M: Features>(
     b: B,
-    form: Form,
+    form: Form<M>,
     [q, k, v]: [View<'_, E, 4>; 3],
     mut out: ViewMut<'_, E, 4>,
     mut states: Option<States<'_>>,
     parts: usize,
     mut scratch: Cut<'_>,
 ) {
-    let ([batch, _, heads, dk], [_, lk, _, dv]) = (q.shape(), v.shape());
-    let shape = LinearShape { dk, dv };
-    let (one, per_part) = (heads * sums_len(shape), shape.bytes::<B>());
+    let ([batch, _, heads, inputs], [_, lk, _, dv]) = (q.shape(), v.shape());
+    let shape = LinearShape::new(&form, inputs, dv);
+    let (one, per_part) = (heads * sums_len(shape), shape.bytes::<B>(&form.map));
     let (totals, sums) = (scratch.take::<f32>(one), scratch.take::<f32>(ahead(lk) * one));
     let workspaces = scratch.take::<u8>(parts * per_part);
     let segments = lk.div_ceil(SEGMENT);
@@ -101,7 +103,7 @@ pub(super) fn run<B: Backend, E: Element>(
                 Cut::new(workspaces),
                 per_part,
                 &|job: SegmentJob<'_>, mut cut: Cut<'_>| {
-                    let mut work = LinearWork::<B>::new(b, shape, &mut cut);
+                    let mut work = LinearWork::<B, M>::new(b, shape, &form.map, &mut cut);
                     for (i, sums) in job.sums.chunks_exact_mut(one).enumerate() {
                         let from = (job.at + i) * SEGMENT;
                         sums.fill(0.0);
@@ -115,7 +117,7 @@ pub(super) fn run<B: Backend, E: Element>(
         }
         let q = q.slice(0, batch, batch + 1);
         let out = out.reborrow().slice(0, batch, batch + 1);
-        let group = Group { batch: 0, ..group };
+        let group = Group { form: form.part(0, batch, batch + 1), batch: 0, ..group };
         let total = &*totals;
         divide(
             ReadJob { q, out },
@@ -123,10 +125,10 @@ pub(super) fn run<B: Backend, E: Element>(
             Cut::new(workspaces),
             per_part,
             &|job: ReadJob<'_, E>, mut cut: Cut<'_>| {
-                let mut work = LinearWork::<B>::new(b, shape, &mut cut);
+                let mut work = LinearWork::<B, M>::new(b, shape, &form.map, &mut cut);
                 group.read(b, job.q, total, &mut work, job.out);
             },
         );
-        Group { batch, ..group }.store(b, &mut states, totals);
+        Group { form, batch, ..group }.store(b, &mut states, totals);
     }
 }

@@ -70,20 +70,26 @@ impl LinearState {
         self.z.as_slice()
     }
 
-    pub(super) fn expect(&self, op: &'static str, shape: [usize; 4]) -> Result<()> {
+    pub(in crate::attention) fn expect(&self, op: &'static str, shape: [usize; 4]) -> Result<()> {
         expect_shape(op, "state", "[batch, heads, dk, dv]", shape, self.shape())
     }
 
-    pub(super) fn room(&self, op: &'static str, n: usize) -> Result<()> {
+    pub(in crate::attention) fn room(&self, op: &'static str, n: usize) -> Result<()> {
         self.kv.room(op, n)
     }
 
-    pub(super) fn advance(&mut self, n: usize) {
+    pub(in crate::attention) fn advance(&mut self, n: usize) {
         self.kv.advance(n);
     }
 
+    /// As [`reset`](Self::reset), with a normaliser that does not begin at zero.
+    pub(in crate::attention) fn reset_to(&mut self, z: f32) {
+        self.kv.reset();
+        self.z.as_mut_slice().fill(z);
+    }
+
     /// `S`, and `z` as `[batch, heads, 1, dk]`.
-    pub(super) fn views_mut(&mut self) -> (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>) {
+    pub(in crate::attention) fn views_mut(&mut self) -> (ViewMut<'_, f32, 4>, ViewMut<'_, f32, 4>) {
         (self.kv.view_mut(), self.z.view_mut())
     }
 }

@@ -6,6 +6,7 @@
 use super::group::{Group, States, sums_bytes, sums_len};
 use super::shared;
 use crate::error::Result;
+use crate::kernels::feature_map::Features;
 use crate::kernels::linear::{BLOCK, Form, LinearShape, LinearWork, Token};
 use crate::kernels::staging::Combine;
 use crate::runtime::{Divide, Runtime};
@@ -21,21 +22,21 @@ const RESIDENT: usize = 1 << 19;
 pub(super) const SEGMENT: usize = 10 * BLOCK;
 
 /// Some heads, or some batch rows, of a call.
-struct Job<'a, E> {
+struct Job<'a, E, M> {
     q: View<'a, E, 4>,
     k: View<'a, E, 4>,
     v: View<'a, E, 4>,
     out: ViewMut<'a, E, 4>,
     states: Option<States<'a>>,
-    form: Form,
+    form: Form<M>,
     causal: bool,
     by_batch: bool,
 }
 
-impl<E: Element> Job<'_, E> {
+impl<E: Element, M: Features> Job<'_, E, M> {
     fn shape(&self) -> LinearShape {
-        let ([.., dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        LinearShape { dk, dv }
+        let ([.., inputs], [.., dv]) = (self.q.shape(), self.v.shape());
+        LinearShape::new(&self.form, inputs, dv)
     }
 }
 
@@ -45,17 +46,18 @@ fn group_len(shape: LinearShape, heads: usize) -> usize {
 }
 
 /// Scratch of one part: totals and partial sums of a group, and a workspace.
-fn part_bytes<B: Backend>(shape: LinearShape, heads: usize) -> usize {
-    2 * group_len(shape, heads) * sums_bytes(shape) + shape.bytes::<B>()
+fn part_bytes<B: Backend>(shape: LinearShape, heads: usize, map: &impl Features) -> usize {
+    2 * group_len(shape, heads) * sums_bytes(shape) + shape.bytes::<B>(map)
 }
 
-impl<E: Element> Divide for Job<'_, E> {
+impl<E: Element, M: Features> Divide for Job<'_, E, M> {
     fn units(&self) -> usize {
         self.q.shape()[if self.by_batch { 0 } else { 2 }]
     }
 
     fn flops(&self) -> usize {
-        let ([b, lq, h, dk], [_, lk, _, dv]) = (self.q.shape(), self.v.shape());
+        let ([b, lq, h, _], [_, lk, ..]) = (self.q.shape(), self.v.shape());
+        let LinearShape { dk, dv, .. } = self.shape();
         let factors = [b, lq.saturating_add(lk), h, dk, dv];
         factors.iter().fold(2, |a: usize, n| a.saturating_mul(*n))
     }
@@ -73,43 +75,52 @@ impl<E: Element> Divide for Job<'_, E> {
         let (q, k, v) = (self.q, self.k, self.v);
         let part = |from, to, out, states| {
             let [q, k, v] = [q, k, v].map(|x| x.slice(axis, from, to));
-            Job { q, k, v, out, states, ..self }
+            Job { q, k, v, out, states, form: self.form.part(axis, from, to), ..self }
         };
         (part(0, mid, near, near_states), part(mid, n, far, far_states))
     }
 }
 
 /// All tokens of all heads of a causal job, one after the other.
-fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
-    let ([batch, len, heads, _], LinearShape { dk, dv }) = (job.q.shape(), job.shape());
+fn recurrent<B: Backend, E: Element, M: Features>(
+    b: B,
+    mut job: Job<'_, E, M>,
+    mut scratch: Cut<'_>,
+) {
+    let ([batch, len, heads, inputs], LinearShape { dk, dv, .. }) = (job.q.shape(), job.shape());
     let (own_s, own_z) = (scratch.take::<f32>(dk * dv), scratch.take::<f32>(dk));
     let mut rows = [dk, dk, dv, dv].map(|n| scratch.take::<f32>(n));
+    let mut map = job.form.map.work(b, inputs, &mut scratch);
     for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
         let (state, z) = match &mut job.states {
             Some((s, z)) if dv > 0 => (s.matrix_mut(n, h), z.matrix_mut(n, h)),
             Some((_, z)) => (&mut *own_s, z.matrix_mut(n, h)),
             None => {
                 own_s.fill(0.0);
-                own_z.fill(0.0);
+                own_z.fill(job.form.start);
                 (&mut *own_s, &mut *own_z)
             }
         };
-        let (form, [q, k, v]) = (job.form, [job.q, job.k, job.v].map(|x| x.head(n, h)));
+        let (form, [q, k, v]) = (job.form.head(n, h), [job.q, job.k, job.v].map(|x| x.head(n, h)));
         for at in 0..len {
             let (rows, out) = (rows.each_mut().map(|r| &mut **r), job.out.head_mut(n, h));
-            let (state, z) = (&mut *state, &mut *z);
-            b.call(Token { form, q, k, v, at, rows, state, z, out });
+            let (state, z, map) = (&mut *state, &mut *z, &mut map);
+            b.call(Token { form, map, q, k, v, at, rows, state, z, out });
         }
     }
 }
 
 /// All blocks of a job.
-fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
+fn blocked<B: Backend, E: Element, M: Features>(
+    b: B,
+    mut job: Job<'_, E, M>,
+    mut scratch: Cut<'_>,
+) {
     let ([batch, _, heads, _], [_, lk, ..]) = (job.q.shape(), job.k.shape());
     let (shape, form, one) = (job.shape(), job.form, sums_len(job.shape()));
     let most = group_len(shape, heads);
     let (totals, sums) = (scratch.take::<f32>(most * one), scratch.take::<f32>(most * one));
-    let mut work = LinearWork::<B>::new(b, shape, &mut scratch);
+    let mut work = LinearWork::<B, M>::new(b, shape, &form.map, &mut scratch);
     let groups = (0..batch).flat_map(|n| (0..heads).step_by(most).map(move |h| (n, h)));
     for (batch, first) in groups {
         let count = most.min(heads - first);
@@ -132,19 +143,19 @@ fn blocked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
 }
 
 /// A call, ready to be dispatched.
-struct Forward<'r, 'a, E> {
+struct Forward<'r, 'a, E, M> {
     rt: &'r Runtime,
-    job: Job<'a, E>,
+    job: Job<'a, E, M>,
 }
 
-impl<E: Element> Task for Forward<'_, '_, E> {
+impl<E: Element, M: Features> Task for Forward<'_, '_, E, M> {
     type Output = Result<()>;
 
     fn run<B: Backend>(self, b: B) -> Result<()> {
         let Forward { rt, mut job } = self;
         let ([batch, lq, heads, _], [_, lk, ..], shape) =
             (job.q.shape(), job.k.shape(), job.shape());
-        let LinearShape { dk, dv } = shape;
+        let LinearShape { inputs, dk, dv } = shape;
         if batch == 0 || heads == 0 || lq.max(lk) == 0 {
             return Ok(());
         }
@@ -158,27 +169,28 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             return Ok(());
         }
         if job.causal && lq <= RECURRENT {
-            let bytes = [dk * dv, dk, dk, dk, dv, dv].map(bytes_of::<f32>).iter().sum();
+            let bytes: usize = [dk * dv, dk, dk, dk, dv, dv].map(bytes_of::<f32>).iter().sum();
+            let bytes = bytes + job.form.map.bytes::<B>(inputs);
             return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
         }
         let threads = rt.threads();
         let even = |n: usize| n.is_multiple_of(threads) || n >= 8 * threads;
         if !job.causal && !even(heads) && !even(batch) {
-            let bytes = shared::bytes::<B>(shape, heads, lk, threads);
+            let bytes = shared::bytes::<B>(shape, heads, lk, threads, &job.form.map);
             let Job { q, k, v, out, states, form, .. } = job;
             return rt.with_scratch(bytes, |cut| {
                 shared::run(b, form, [q, k, v], out, states, threads, cut);
             });
         }
-        let bytes = part_bytes::<B>(shape, heads);
+        let bytes = part_bytes::<B>(shape, heads, &job.form.map);
         rt.divide(job, bytes, &|job, cut| blocked(b, job, cut))
     }
 }
 
 /// Runs a checked call.
-pub(super) fn run<E: Element>(
+pub(in crate::attention) fn run<E: Element, M: Features>(
     rt: &Runtime,
-    form: Form,
+    form: Form<M>,
     causal: bool,
     [q, k, v]: [View<'_, E, 4>; 3],
     out: ViewMut<'_, E, 4>,
@@ -191,13 +203,19 @@ pub(super) fn run<E: Element>(
 }
 
 /// Scratch of one part of a long call.
-pub(super) fn scratch_bytes(rt: &Runtime, heads: usize, dk: usize, dv: usize) -> usize {
-    struct Ask(LinearShape, usize);
-    impl Task for Ask {
+pub(in crate::attention) fn scratch_bytes<M: Features>(
+    rt: &Runtime,
+    map: M,
+    heads: usize,
+    inputs: usize,
+    dv: usize,
+) -> usize {
+    struct Ask<M>(LinearShape, usize, M);
+    impl<M: Features> Task for Ask<M> {
         type Output = usize;
         fn run<B: Backend>(self, _: B) -> usize {
-            part_bytes::<B>(self.0, self.1)
+            part_bytes::<B>(self.0, self.1, &self.2)
         }
     }
-    rt.run(Ask(LinearShape { dk, dv }, heads))
+    rt.run(Ask(LinearShape { inputs, dk: map.width(inputs), dv }, heads, map))
 }

@@ -3,7 +3,7 @@
 mod job;
 pub mod naive;
 mod tiled;
-mod work;
+pub(in crate::attention) mod work;
 
 use super::{Mask, Scale};
 use crate::error::{Error, Result, expect_shape};

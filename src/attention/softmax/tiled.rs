@@ -190,6 +190,7 @@ fn span<B: Backend, E: Element>(
                     factor: &mut *work.factor,
                 },
                 acc: &mut work.acc[from * dv..to * dv],
+                acc_stride: dv,
                 scores: &mut *work.scores,
                 score_session: &work.score_session,
                 session: &work.session,

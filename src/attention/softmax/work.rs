@@ -6,7 +6,7 @@ use crate::simd::{Backend, Tiles};
 
 /// What decides how much scratch a part takes.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
+pub(in crate::attention) struct Shape {
     pub rows: usize,
     pub dk: usize,
     pub dv: usize,
@@ -17,7 +17,7 @@ type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
 type ScoreElem<B> = <<B as Backend>::S as Tiles>::Elem;
 
 /// The buffers of one part.
-pub(super) struct Work<'a, B: Backend> {
+pub(in crate::attention) struct Work<'a, B: Backend> {
     pub q: &'a mut [f32],
     pub acc: &'a mut [f32],
     pub max: &'a mut [f32],
@@ -65,6 +65,7 @@ impl Shape {
         )
     }
 
+    /// Bytes of a [`Work`].
     pub fn bytes<B: Backend>(&self) -> usize {
         let (floats, indices, scores, sums) = self.lens::<B>();
         let sum =
@@ -77,6 +78,7 @@ impl Shape {
 }
 
 impl<'a, B: Backend> Work<'a, B> {
+    /// Cuts the buffers off `cut`.
     pub fn new(b: B, shape: Shape, cut: &mut Cut<'a>) -> Self {
         let (floats, indices, scores_len, sums_len) = shape.lens::<B>();
         let [q, acc, max, sum, factor, scores, staged, staged_values] = floats.map(|n| cut.take(n));

@@ -2,7 +2,7 @@
 
 use super::{Elem, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
-use crate::kernels::feature_map::map_rows;
+use crate::kernels::feature_map::{Features, Side};
 use crate::kernels::staging::{add_columns, partial_dot, rows_of};
 use crate::kernels::store::{AddPanel, Narrow};
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Term, Tiles};
@@ -10,9 +10,9 @@ use crate::tensor::{Element, View, ViewMut};
 
 /// Adds a block of keys and values to a state.
 #[derive(Debug)]
-pub struct Absorb<'a, 'w, B: Backend, E> {
+pub struct Absorb<'a, 'w, B: Backend, E, M: Features> {
     /// What is computed.
-    pub form: Form,
+    pub form: Form<M>,
     /// `[n, dk]`
     pub k: View<'w, E, 2>,
     /// `[n, dv]`
@@ -20,20 +20,20 @@ pub struct Absorb<'a, 'w, B: Backend, E> {
     /// First row and number of rows, at most [`BLOCK`](super::BLOCK).
     pub rows: [usize; 2],
     /// Buffers.
-    pub work: &'w mut LinearWork<'a, B>,
+    pub work: &'w mut LinearWork<'a, B, M>,
     /// `S` in panels.
     pub state: &'w mut [f32],
     /// `z`
     pub z: &'w mut [f32],
 }
 
-impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
+impl<B: Backend, E: Element, M: Features> Kernel<B> for Absorb<'_, '_, B, E, M> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let (rows, work) = (self.rows, self.work);
-        let ([_, dk], [_, dv]) = (self.k.shape(), self.v.shape());
-        map_rows(b, self.form.map, self.k, rows, work.k, dk);
+        let (dk, dv) = (work.shape.dk, work.shape.dv);
+        self.form.map.rows(b, &mut work.map, Side::Key, self.k, rows, work.k, dk);
         b.tiles().pack_right(b, rows_of(self.v, rows[0]), rows[1], dv, work.values);
         absorb(b, [rows[1], dk, dv], work, self.state, self.z);
     }
@@ -41,15 +41,15 @@ impl<B: Backend, E: Element> Kernel<B> for Absorb<'_, '_, B, E> {
 
 /// Reads a block of queries from a state.
 #[derive(Debug)]
-pub struct Read<'a, 'w, B: Backend, E> {
+pub struct Read<'a, 'w, B: Backend, E, M: Features> {
     /// What is computed.
-    pub form: Form,
+    pub form: Form<M>,
     /// `[n, dk]`
     pub q: View<'w, E, 2>,
     /// First row and number of rows, at most [`BLOCK`](super::BLOCK).
     pub rows: [usize; 2],
     /// Buffers.
-    pub work: &'w mut LinearWork<'a, B>,
+    pub work: &'w mut LinearWork<'a, B, M>,
     /// `S` in panels.
     pub state: &'w [f32],
     /// `z`
@@ -58,13 +58,13 @@ pub struct Read<'a, 'w, B: Backend, E> {
     pub out: ViewMut<'w, E, 2>,
 }
 
-impl<B: Backend, E: Element> Kernel<B> for Read<'_, '_, B, E> {
+impl<B: Backend, E: Element, M: Features> Kernel<B> for Read<'_, '_, B, E, M> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let ([at, m], work) = (self.rows, self.work);
-        let ([_, dk], [_, dv]) = (self.q.shape(), self.out.shape());
-        map_rows(b, self.form.map, self.q, [at, m], work.q, work.q_stride);
+        let (dk, dv, stride) = (work.shape.dk, work.shape.dv, work.q_stride);
+        self.form.map.rows(b, &mut work.map, Side::Query, self.q, [at, m], work.q, stride);
         weights(b.lanes(), self.form, [m, dk], work, self.z, false);
         read(b, [m, dk, dv], work, self.state, self.out, at, false);
     }
@@ -72,11 +72,11 @@ impl<B: Backend, E: Element> Kernel<B> for Read<'_, '_, B, E> {
 
 /// The factors of the output rows, from mapped queries and, if `causal`, the scores of the block.
 #[inline(always)]
-pub(super) fn weights<B: Backend>(
+pub(super) fn weights<B: Backend, M: Features>(
     l: B::L,
-    form: Form,
+    form: Form<M>,
     [m, dk]: [usize; 2],
-    work: &mut LinearWork<'_, B>,
+    work: &mut LinearWork<'_, B, M>,
     z: &[f32],
     causal: bool,
 ) {
@@ -114,10 +114,10 @@ fn product<'a, E: Copy>(
 /// `out = diag(weight) (F S + P V)` from row `at` on, the second term only if `causal`; `F`, `P` and packed `V`
 /// are in `work`.
 #[inline(always)]
-pub(super) fn read<B: Backend, E: Element>(
+pub(super) fn read<B: Backend, E: Element, M: Features>(
     b: B,
     [m, dk, dv]: [usize; 3],
-    work: &mut LinearWork<'_, B>,
+    work: &mut LinearWork<'_, B, M>,
     state: &[f32],
     mut out: ViewMut<'_, E, 2>,
     at: usize,
@@ -144,10 +144,10 @@ pub(super) fn read<B: Backend, E: Element>(
 
 /// `S = S + G^T V`, `z = z + column sums of G`; `G` and packed `V` are in `work`.
 #[inline(always)]
-pub(super) fn absorb<B: Backend>(
+pub(super) fn absorb<B: Backend, M: Features>(
     b: B,
     [m, dk, dv]: [usize; 3],
-    work: &mut LinearWork<'_, B>,
+    work: &mut LinearWork<'_, B, M>,
     state: &mut [f32],
     z: &mut [f32],
 ) {

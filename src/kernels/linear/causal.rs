@@ -4,7 +4,7 @@ use super::blocks::{absorb, read, weights};
 use super::{CHUNK, Form, LinearWork, SCORES};
 use crate::kernels::ahead::Meanwhile;
 use crate::kernels::decay::Forget;
-use crate::kernels::feature_map::map_rows;
+use crate::kernels::feature_map::{Features, Side};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{add_columns, finite_rows, partial_dot, rows_of, stage};
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
@@ -23,9 +23,9 @@ const LOWER: [f32; 2 * CHUNK + 2 * PANEL] = {
 
 /// A chunk of a causal sequence: every row reads the state up to and including itself.
 #[derive(Debug)]
-pub struct Chunk<'a, 'w, B: Backend, E> {
+pub struct Chunk<'a, 'w, B: Backend, E, M: Features> {
     /// What is computed.
-    pub form: Form,
+    pub form: Form<M>,
     /// `[n, dk]`
     pub q: View<'w, E, 2>,
     /// `[n, dk]`
@@ -35,7 +35,7 @@ pub struct Chunk<'a, 'w, B: Backend, E> {
     /// First row and number of rows, at most [`CHUNK`].
     pub rows: [usize; 2],
     /// Buffers.
-    pub work: &'w mut LinearWork<'a, B>,
+    pub work: &'w mut LinearWork<'a, B, M>,
     /// `S` in panels.
     pub state: &'w mut [f32],
     /// `z`
@@ -44,15 +44,15 @@ pub struct Chunk<'a, 'w, B: Backend, E> {
     pub out: ViewMut<'w, E, 2>,
 }
 
-impl<B: Backend, E: Element> Kernel<B> for Chunk<'_, '_, B, E> {
+impl<B: Backend, E: Element, M: Features> Kernel<B> for Chunk<'_, '_, B, E, M> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let Chunk { form, rows, work, state, z, mut out, .. } = self;
-        let ([_, dk], [_, dv], [at, m]) = (self.k.shape(), self.v.shape(), rows);
-        let (l, t) = (b.lanes(), b.tiles());
-        map_rows(b, form.map, self.q, rows, work.q, work.q_stride);
-        map_rows(b, form.map, self.k, rows, work.k, dk);
+        let (dk, dv, [at, m]) = (work.shape.dk, work.shape.dv, rows);
+        let (l, t, stride) = (b.lanes(), b.tiles(), work.q_stride);
+        form.map.rows(b, &mut work.map, Side::Query, self.q, rows, work.q, stride);
+        form.map.rows(b, &mut work.map, Side::Key, self.k, rows, work.k, dk);
         if !finite_rows(b, self.v, rows) {
             let (v, vs) = stage(b, self.v, rows, work.v);
             // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
@@ -96,9 +96,9 @@ impl<L: Lanes> Sink<L> for Masked<'_> {
 
 /// One mapped token against a state in panels.
 #[inline(always)]
-fn token<B: Backend>(
+fn token<B: Backend, M: Features>(
     b: B,
-    form: Form,
+    form: Form<M>,
     [q, k, v]: [&[f32]; 3],
     out: &mut [f32],
     state: &mut [f32],
@@ -114,16 +114,23 @@ fn token<B: Backend>(
 
 /// Adds a mapped key to `z`; the factor of the output of a mapped query.
 #[inline(always)]
-fn normaliser<L: Lanes>(l: L, form: Form, q: &[f32], k: &[f32], z: &mut [f32]) -> f32 {
+fn normaliser<L: Lanes, M: Features>(
+    l: L,
+    form: Form<M>,
+    q: &[f32],
+    k: &[f32],
+    z: &mut [f32],
+) -> f32 {
     add_columns(l, k, [1, k.len()], z);
     form.weight(l.sum(partial_dot(l, q, z)))
 }
 
 /// One token against a row-major state.
-#[derive(Debug)]
-pub struct Token<'a, E> {
+pub struct Token<'a, 'w, B: Backend, E, M: Features> {
     /// What is computed.
-    pub form: Form,
+    pub form: Form<M>,
+    /// What features need.
+    pub map: &'a mut M::Work<'w, B>,
     /// `[n, dk]`
     pub q: View<'a, E, 2>,
     /// `[n, dk]`
@@ -132,7 +139,7 @@ pub struct Token<'a, E> {
     pub v: View<'a, E, 2>,
     /// Which row.
     pub at: usize,
-    /// Room for `q`, `k`, `v` and the output as `f32`.
+    /// Room for features of `q` and `k`, for `v` and the output as `f32`.
     pub rows: [&'a mut [f32]; 4],
     /// `S`, `dk x dv`
     pub state: &'a mut [f32],
@@ -142,15 +149,21 @@ pub struct Token<'a, E> {
     pub out: ViewMut<'a, E, 2>,
 }
 
-impl<B: Backend, E: Element> Kernel<B> for Token<'_, E> {
+impl<B: Backend, E, M: Features> core::fmt::Debug for Token<'_, '_, B, E, M> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Token").finish_non_exhaustive()
+    }
+}
+
+impl<B: Backend, E: Element, M: Features> Kernel<B> for Token<'_, '_, B, E, M> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let Token { form, at, state, z, mut out, .. } = self;
         let [q, k, v, y] = self.rows;
-        let ([_, dk], [_, dv]) = (self.q.shape(), self.v.shape());
-        map_rows(b, form.map, self.q, [at, 1], q, dk);
-        map_rows(b, form.map, self.k, [at, 1], k, dk);
+        let (dk, [_, dv]) = (z.len(), self.v.shape());
+        form.map.rows(b, self.map, Side::Query, self.q, [at, 1], q, dk);
+        form.map.rows(b, self.map, Side::Key, self.k, [at, 1], k, dk);
         let (v, _) = stage(b, self.v, [at, 1], v);
         let scale = normaliser(b.lanes(), form, q, k, z);
         if dv > 0 {

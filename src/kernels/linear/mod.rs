@@ -17,29 +17,43 @@ pub use blocks::{Absorb, Read};
 pub use causal::{Chunk, Token};
 
 use super::ahead::Ahead;
-use super::feature_map::FeatureMap;
+use super::feature_map::{FeatureMap, Features, MOST};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, PANEL, Tiles, right_len};
 
 /// Most rows of a [`Chunk`]: its quadratic part stays cheap, and a pass over the state pays.
 pub const CHUNK: usize = 48;
 /// Most rows of an [`Absorb`] or a [`Read`]: mapped rows and a panel of the state fit the first cache level.
-pub const BLOCK: usize = 96;
+pub const BLOCK: usize = MOST;
 
 type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
 
 /// What every step of a call shares.
 #[derive(Clone, Copy, Debug)]
-pub struct Form {
+pub struct Form<M = FeatureMap> {
     /// `phi`
-    pub map: FeatureMap,
+    pub map: M,
     /// Factor of `phi(q)`.
     pub scale: f32,
     /// What is added to the normaliser, if there is one.
     pub eps: Option<f32>,
+    /// What every element of `z` begins with where there is no state.
+    pub start: f32,
 }
 
-impl Form {
+impl<M: Features> Form<M> {
+    /// The same for one head of a call.
+    #[must_use]
+    pub fn head(&self, batch: usize, head: usize) -> Self {
+        Self { map: self.map.head(batch, head), ..*self }
+    }
+
+    /// The same for some batch rows or heads of a call, as [`Features::part`].
+    #[must_use]
+    pub fn part(&self, axis: usize, from: usize, to: usize) -> Self {
+        Self { map: self.map.part(axis, from, to), ..*self }
+    }
+
     /// The factor of an output row with `phi(q) . z = dot`.
     #[inline(always)]
     #[must_use]
@@ -55,12 +69,20 @@ impl Form {
 #[derive(Clone, Copy, Debug)]
 pub struct LinearShape {
     /// Of queries and keys.
+    pub inputs: usize,
+    /// Of their features.
     pub dk: usize,
     /// Of values.
     pub dv: usize,
 }
 
 impl LinearShape {
+    /// Of a head whose queries and keys are `inputs` wide.
+    #[must_use]
+    pub fn new<M: Features>(form: &Form<M>, inputs: usize, dv: usize) -> Self {
+        Self { inputs, dk: form.map.width(inputs), dv }
+    }
+
     /// Floats of a state in panels.
     #[must_use]
     pub fn state_len(&self) -> usize {
@@ -86,7 +108,7 @@ impl LinearShape {
 
     /// Lengths of the buffers of [`LinearWork`], in order: floats, then packed elements.
     fn lens<B: Backend>(&self) -> ([usize; 7], [usize; 6]) {
-        let Self { dk, dv } = *self;
+        let Self { dk, dv, .. } = *self;
         let rows = BLOCK.max(CHUNK);
         (
             [rows * self.q_stride(), rows * dk, CHUNK * dv, dv, rows, rows, CHUNK * SCORES],
@@ -103,10 +125,11 @@ impl LinearShape {
 
     /// Bytes of a [`LinearWork`].
     #[must_use]
-    pub fn bytes<B: Backend>(&self) -> usize {
+    pub fn bytes<B: Backend>(&self, map: &impl Features) -> usize {
         let (floats, packed) = self.lens::<B>();
         let floats: usize = floats.iter().map(|n| bytes_of::<f32>(*n)).sum();
-        floats + packed.iter().map(|n| bytes_of::<Elem<B>>(*n)).sum::<usize>()
+        let packed: usize = packed.iter().map(|n| bytes_of::<Elem<B>>(*n)).sum();
+        floats + packed + map.bytes::<B>(self.inputs)
     }
 }
 
@@ -114,7 +137,9 @@ impl LinearShape {
 const SCORES: usize = CHUNK.next_multiple_of(PANEL) + PANEL / 2;
 
 /// Buffers for one block of rows of one head at a time.
-pub struct LinearWork<'a, B: Backend> {
+pub struct LinearWork<'a, B: Backend, M: Features = FeatureMap> {
+    shape: LinearShape,
+    map: M::Work<'a, B>,
     q: &'a mut [f32],
     k: &'a mut [f32],
     v: &'a mut [f32],
@@ -134,9 +159,9 @@ pub struct LinearWork<'a, B: Backend> {
     pub ahead: Ahead,
 }
 
-impl<'a, B: Backend> LinearWork<'a, B> {
+impl<'a, B: Backend, M: Features> LinearWork<'a, B, M> {
     /// Cuts the buffers off `scratch`.
-    pub fn new(b: B, shape: LinearShape, scratch: &mut Cut<'a>) -> Self {
+    pub fn new(b: B, shape: LinearShape, map: &M, scratch: &mut Cut<'a>) -> Self {
         let (floats, packed) = shape.lens::<B>();
         let [q, k, v, out, weight, ones, scores] = floats.map(|n| scratch.take::<f32>(n));
         let [keys, values, left_q, left_k, left_p, view_s] =
@@ -144,6 +169,8 @@ impl<'a, B: Backend> LinearWork<'a, B> {
         ones.fill(1.0);
         let q_stride = shape.q_stride();
         Self {
+            shape,
+            map: map.work(b, shape.inputs, scratch),
             q,
             k,
             v,
@@ -164,7 +191,7 @@ impl<'a, B: Backend> LinearWork<'a, B> {
     }
 }
 
-impl<B: Backend> core::fmt::Debug for LinearWork<'_, B> {
+impl<B: Backend, M: Features> core::fmt::Debug for LinearWork<'_, B, M> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("LinearWork").finish_non_exhaustive()
     }

@@ -4,7 +4,7 @@ mod state;
 mod weights;
 
 pub use state::{DecoderState, Fnv};
-pub use weights::Maps;
+pub use weights::{Maps, Random};
 
 use crate::attention::StreamState;
 use crate::error::{Error, Result, expect_shape};

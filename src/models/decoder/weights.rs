@@ -56,9 +56,12 @@ impl<T: TensorSource> Maps<'_, T> {
     }
 }
 
-/// Weights of unit gain for measurements, the same for the same seed.
-pub(super) struct Random<C> {
+/// Weights of unit gain for measurements and tests, the same for the same seed.
+#[derive(Clone, Debug)]
+pub struct Random<C> {
+    /// Of the generator.
     pub seed: u64,
+    /// Which knows the tensors whose values are not to be random.
     pub config: C,
 }
 

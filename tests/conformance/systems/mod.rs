@@ -2,12 +2,14 @@
 //!
 //! A new system is one function and one line of [`SYSTEMS`].
 
+mod combiner;
 mod flash;
 mod layers;
 mod lightning;
 mod linear;
 mod mixed_chunk;
 mod model;
+mod performer;
 mod softmax;
 mod transformer;
 mod vision;
@@ -36,6 +38,7 @@ const SYSTEMS: &[(&str, System)] = &[
     ("focused_linear_attention", vision_ops::focused),
     ("flash", flash::flash),
     ("gau", flash::gau),
+    ("combiner_attention", combiner::attention),
     ("lightning_attention", lightning::attention),
     ("lightning_decode", lightning::decode),
     ("lightning_slopes", lightning::slopes),
@@ -47,6 +50,7 @@ const SYSTEMS: &[(&str, System)] = &[
     ("mixed_chunk_decode", mixed_chunk::decode),
     ("model.flash_lm", flash::model),
     ("model.transnormerllm", model::transnormer),
+    ("performer_attention", performer::attention),
     ("rope", layers::rope),
     ("softmax_attention", softmax::attention),
     ("srmsnorm", layers::srmsnorm),
