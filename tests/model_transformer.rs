@@ -3,7 +3,9 @@
 
 mod support;
 
+use linattn::attention::combiner::Variant;
 use linattn::attention::{KvCache, StreamState};
+use linattn::models::transformer::{AttentionKind, PerformerKernel};
 use linattn::models::{Generate, Sampler, Transformer, TransformerConfig};
 use linattn::tensor::Rng;
 use linattn::{Error, Runtime};
@@ -17,6 +19,24 @@ fn config() -> TransformerConfig {
 
 fn small() -> Transformer {
     Transformer::random(config(), 3).expect("a model")
+}
+
+/// Every kind of attention that can be fed in parts.
+fn kinds() -> Vec<Transformer> {
+    use AttentionKind::{Combiner, Performer, Softmax};
+    let (features, variant, segment) = (20, Variant::Fixed, 24);
+    let kinds = [
+        Softmax,
+        Performer { features, kernel: PerformerKernel::Relu },
+        Performer { features, kernel: PerformerKernel::Softmax },
+        Combiner { variant, segment },
+    ];
+    let model = |attention| {
+        let kv_heads = if attention == Softmax { 2 } else { 4 };
+        let config = TransformerConfig { attention, kv_heads, ..config() };
+        Transformer::random(config, 3).expect("a model")
+    };
+    kinds.map(model).into()
 }
 
 fn some_tokens(n: usize) -> Vec<u32> {
@@ -33,8 +53,9 @@ fn prefill(model: &Transformer, rt: &Runtime, batch: usize, tokens: &[u32]) -> V
 
 #[test]
 fn any_split_gives_the_same() {
-    let (model, tokens) = (small(), some_tokens(600));
-    for isa in isas() {
+    let tokens = some_tokens(600);
+    let models = kinds();
+    for (isa, model) in isas().into_iter().flat_map(|isa| models.iter().map(move |m| (isa, m))) {
         let rt = runtime(isa);
         let mut whole = model.new_state(1).expect("a state");
         let mut all = vec![0.0; tokens.len() * VOCAB];
@@ -81,7 +102,11 @@ fn threads_change_nothing() {
 
 #[test]
 fn saved_states_resume_bit_for_bit() {
-    let (model, rt) = (small(), runtime(support::best()));
+    kinds().iter().for_each(saved);
+}
+
+fn saved(model: &Transformer) {
+    let rt = runtime(support::best());
     let (mut state, mut a) = (model.new_state(2).expect("a state"), vec![0.0; 2 * VOCAB]);
     model.prefill(&rt, &some_tokens(40), &mut state, &mut a).expect("logits");
     let mut file = Vec::new();
@@ -100,7 +125,7 @@ fn saved_states_resume_bit_for_bit() {
     }
     assert_eq!(again.len(), 21);
     again.reset();
-    let start = prefill(&model, &rt, 2, &[1, 2]);
+    let start = prefill(model, &rt, 2, &[1, 2]);
     model.prefill(&rt, &[1, 2], &mut again, &mut b).expect("logits");
     assert_eq!(bits(&start), bits(&b));
 }

@@ -115,10 +115,6 @@ impl KvCache {
     pub(crate) fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
-
-    pub(crate) fn expect(&self, op: &'static str, shape: [usize; 4]) -> Result<()> {
-        crate::error::expect_shape(op, "state", "[batch, heads, dk, dv]", shape, self.shape())
-    }
 }
 
 impl StreamState for KvCache {

@@ -2,9 +2,11 @@
 
 use super::gla::{expect_linear, matrix, table};
 use super::{Linear, Positions, Rope};
+use crate::attention::combiner::{CombinerAttention, CombinerState};
+use crate::attention::performer::{PerformerAttention, PerformerState};
 use crate::attention::softmax::SoftmaxAttention;
 use crate::attention::{KvCache, Mask, StreamState};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_shape};
 use crate::kernels::store::Keep;
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
@@ -34,6 +36,10 @@ pub enum Mechanism {
     /// Exact attention.
     #[default]
     Softmax,
+    /// Random features; as causal as the layer, and as many key heads as heads.
+    Performer(PerformerAttention),
+    /// Summaries of groups of keys; as causal as the layer, and as many key heads as heads.
+    Combiner(CombinerAttention),
 }
 
 /// What a [`SelfAttention`] remembers.
@@ -42,6 +48,10 @@ pub enum Mechanism {
 pub enum SelfAttentionState {
     /// Of [`Mechanism::Softmax`].
     Cache(KvCache),
+    /// Of [`Mechanism::Performer`].
+    Performer(PerformerState),
+    /// Of [`Mechanism::Combiner`].
+    Combiner(CombinerState),
 }
 
 /// Runs an expression on the state of whichever mechanism.
@@ -49,6 +59,8 @@ macro_rules! each_state {
     ($this:expr, $s:ident => $e:expr) => {
         match $this {
             Self::Cache($s) => $e,
+            Self::Performer($s) => $e,
+            Self::Combiner($s) => $e,
         }
     };
 }
@@ -69,6 +81,8 @@ impl StreamState for SelfAttentionState {
     fn blank(&self, len: usize) -> Result<Self> {
         Ok(match self {
             Self::Cache(s) => Self::Cache(s.blank(len)?),
+            Self::Performer(s) => Self::Performer(s.blank(len)?),
+            Self::Combiner(s) => Self::Combiner(s.blank(len)?),
         })
     }
     fn contents(&self, see: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
@@ -125,15 +139,15 @@ impl SelfAttention {
     /// output (`[dim, heads head_dim]`).
     ///
     /// # Errors
-    /// [`Error::Value`] if `kv_heads` does not divide `heads`, [`Error::Shape`] if a weight or the rotary part does
-    /// not fit.
+    /// [`Error::Value`] if `kv_heads` does not divide `heads`, or for a mechanism that does not suit the layer;
+    /// [`Error::Shape`] if a weight does not fit.
     pub fn new(
         config: SelfAttentionConfig,
         [wq, wk, wv, wo]: [Linear; 4],
         rope: Option<Rope>,
         mechanism: Mechanism,
     ) -> Result<Self> {
-        let SelfAttentionConfig { dim, heads, kv_heads, head_dim, .. } = config;
+        let SelfAttentionConfig { dim, heads, kv_heads, head_dim, causal } = config;
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             let expected = alloc::format!("a divisor of heads = {heads}");
             return Err(Error::value(OP, "kv_heads", expected, kv_heads));
@@ -146,6 +160,21 @@ impl SelfAttention {
         if let Some(rope) = rope.as_ref().filter(|r| r.rot_dim() > head_dim) {
             let expected = alloc::format!("at most head_dim = {head_dim}");
             return Err(Error::value(OP, "rope", expected, rope.rot_dim()));
+        }
+        let (shares, fits) = match &mechanism {
+            Mechanism::Softmax => (true, true),
+            Mechanism::Performer(op) => {
+                (false, op.config().causal == causal && op.dim() == head_dim)
+            }
+            Mechanism::Combiner(op) => (false, op.config().causal == causal),
+        };
+        if !shares && kv_heads != heads {
+            let expected = alloc::format!("heads = {heads} for this mechanism");
+            return Err(Error::value(OP, "kv_heads", expected, kv_heads));
+        }
+        if !fits {
+            let expected = alloc::format!("for heads of {head_dim}, causal: {causal}");
+            return Err(Error::value(OP, "mechanism", expected, "another"));
         }
         Ok(Self { config, wq, wk, wv, wo, rope, mechanism })
     }
@@ -165,7 +194,7 @@ impl SelfAttention {
     /// A state that has seen nothing.
     ///
     /// # Errors
-    /// [`Error::Value`] if attention is not causal, [`Error::Alloc`] if memory cannot be had.
+    /// [`Error::Value`] if attention is not causal or cannot be fed in parts, [`Error::Alloc`] if memory cannot be had.
     pub fn new_state(&self, batch: usize) -> Result<SelfAttentionState> {
         let SelfAttentionConfig { kv_heads, head_dim, causal, .. } = self.config;
         if !causal {
@@ -174,6 +203,12 @@ impl SelfAttention {
         Ok(match &self.mechanism {
             Mechanism::Softmax => {
                 SelfAttentionState::Cache(KvCache::new(batch, kv_heads, head_dim, head_dim)?)
+            }
+            Mechanism::Performer(op) => {
+                SelfAttentionState::Performer(op.new_state(batch, kv_heads, head_dim)?)
+            }
+            Mechanism::Combiner(op) => {
+                SelfAttentionState::Combiner(op.new_state(batch, kv_heads, head_dim, head_dim)?)
             }
         })
     }
@@ -194,8 +229,8 @@ impl SelfAttention {
         let [batch, len, _] = x.shape();
         let expected = [batch, len, self.config.dim];
         let letters = "[batch, len, dim]";
-        crate::error::expect_shape(OP, "x", letters, expected, x.shape())?;
-        crate::error::expect_shape(OP, "out", letters, expected, out.shape())?;
+        expect_shape(OP, "x", letters, expected, x.shape())?;
+        expect_shape(OP, "out", letters, expected, out.shape())?;
         let call = Call { x: x.merge_rows()?, batch, out: out.merge_rows()?, keep: Keep::Nothing };
         rt.with_scratch(self.scratch_bytes(rt, batch * len), |cut| self.run(rt, call, state, cut))?
     }
@@ -284,6 +319,14 @@ impl SelfAttention {
                         let mask = if causal { Mask::Causal } else { Mask::Full };
                         SoftmaxAttention::new().with_mask(mask).forward(rt, q, k, v, to)?;
                     }
+                    (Mechanism::Performer(op), Some(SelfAttentionState::Performer(state))) => {
+                        op.forward(rt, q, k, v, to, Some(state))?;
+                    }
+                    (Mechanism::Performer(op), _) => op.forward(rt, q, k, v, to, None)?,
+                    (Mechanism::Combiner(op), Some(SelfAttentionState::Combiner(state))) => {
+                        op.forward(rt, q, k, v, to, Some(state))?;
+                    }
+                    (Mechanism::Combiner(op), _) => op.forward(rt, q, k, v, to, None)?,
                 }
             }
         }
@@ -294,11 +337,16 @@ impl SelfAttention {
     /// Refuses the state of another mechanism or size.
     fn expect(&self, state: &SelfAttentionState, batch: usize) -> Result<()> {
         let SelfAttentionConfig { kv_heads, head_dim, .. } = self.config;
-        match (&self.mechanism, state) {
-            (Mechanism::Softmax, SelfAttentionState::Cache(cache)) => {
-                cache.expect(OP, [batch, kv_heads, head_dim, head_dim])
+        let own = [batch, kv_heads, head_dim, head_dim];
+        let (expected, got) = match (&self.mechanism, state) {
+            (Mechanism::Softmax, SelfAttentionState::Cache(s)) => (own, s.shape()),
+            (Mechanism::Combiner(_), SelfAttentionState::Combiner(s)) => (own, s.shape()),
+            (Mechanism::Performer(op), SelfAttentionState::Performer(s)) => {
+                ([batch, kv_heads, op.features(), head_dim], s.shape())
             }
-        }
+            _ => return Err(Error::value(OP, "state", "that of the same mechanism", "another")),
+        };
+        expect_shape(OP, "state", "[batch, heads, dk, dv]", expected, got)
     }
 }
 

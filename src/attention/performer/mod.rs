@@ -191,9 +191,25 @@ impl PerformerAttention {
     /// A state that has seen nothing, for values of width `dv`.
     ///
     /// # Errors
-    /// [`Error::Alloc`] if memory cannot be had.
+    /// [`Error::Value`] where features depend on the whole sequence, [`Error::Alloc`] if memory cannot be had.
     pub fn new_state(&self, batch: usize, heads: usize, dv: usize) -> Result<PerformerState> {
+        self.streams()?;
         PerformerState::new([batch, heads, self.features(), dv], self.start())
+    }
+
+    /// Whether the features of a key depend on all keys.
+    fn is_whole(&self) -> bool {
+        let softmax = matches!(self.config.kernel, FavorKernel::Softmax { .. });
+        softmax && self.config.stabiliser == Stabiliser::Sequence
+    }
+
+    /// Refuses what cannot be fed in parts.
+    fn streams(&self) -> Result<()> {
+        if self.is_whole() {
+            let expected = "none, or a fixed stabiliser: that of the sequence needs all keys";
+            return Err(Error::value(OP, "state", expected, "one"));
+        }
+        Ok(())
     }
 
     /// The features, keys not yet lowered.
@@ -245,12 +261,10 @@ impl PerformerAttention {
         expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
         expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
         expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
-        let softmax = matches!(self.config.kernel, FavorKernel::Softmax { .. });
-        let whole = softmax && self.config.stabiliser == Stabiliser::Sequence;
         let (map, causal) = (self.map(), self.config.causal);
         let start = self.start();
         let Some(state) = state else {
-            if !whole {
+            if !self.is_whole() {
                 return task::run(rt, form(map, start), causal, [q, k, v], out, None);
             }
             return rt.with_scratch(peak::bytes(batch, heads), |mut cut| {
@@ -259,10 +273,7 @@ impl PerformerAttention {
                 task::run(rt, form(map, start), causal, [q, k, v], out, None)
             })?;
         };
-        if whole {
-            let expected = "none, or a fixed stabiliser: that of the sequence needs all keys";
-            return Err(Error::value(OP, "state", expected, "one"));
-        }
+        self.streams()?;
         state.sums.expect(OP, [batch, heads, self.features(), dv])?;
         state.sums.room(OP, lk)?;
         task::run(rt, form(map, start), causal, [q, k, v], out, Some(state.sums.views_mut()))?;

@@ -1,5 +1,8 @@
 //! Configurations.
 
+use crate::attention::combiner::{KeySummary, Variant};
+#[cfg(feature = "io")]
+use crate::attention::performer::default_features;
 use crate::error::Result;
 use crate::layers::{Activation, RopeStyle};
 #[cfg(feature = "io")]
@@ -57,6 +60,29 @@ pub struct RopeConfig {
 pub enum AttentionKind {
     /// Exact attention.
     Softmax,
+    /// Random features.
+    Performer {
+        /// How many; the width of a projection that is read as `projection` from each block.
+        features: usize,
+        /// What they estimate. The softmax kernel streams with a stabiliser of 0.
+        kernel: PerformerKernel,
+    },
+    /// Summaries of groups of keys; language models need [`Variant::Fixed`].
+    Combiner {
+        /// The groups.
+        variant: Variant,
+        /// Tokens of a segment.
+        segment: usize,
+    },
+}
+
+/// What the features of Performer estimate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PerformerKernel {
+    /// The exponential of softmax attention.
+    Softmax,
+    /// A generalised kernel with ReLU.
+    Relu,
 }
 
 /// Sizes and choices of a [`Transformer`](super::Transformer).
@@ -126,8 +152,10 @@ impl TransformerConfig {
     }
 
     /// From a `config.json`: the fields of this struct by name, with `ffn` one of swiglu, geglu, gelu, relu2, `norm`
-    /// one of rmsnorm, layernorm, and `rope` one of none, half, interleaved beside `rope_dim` and `rope_base`. Only the
-    /// sizes must be there; the rest is as in [`plus_plus`](Self::plus_plus).
+    /// one of rmsnorm, layernorm, and `rope` one of none, half, interleaved beside `rope_dim` and `rope_base`.
+    /// `attention` is one of softmax, performer (with `features` and `kernel`, softmax or relu) and combiner (with
+    /// `segment` and `variant`: fixed, axial_rowmajor or axial_mixture). Only the sizes must be there; the rest is as in
+    /// [`plus_plus`](Self::plus_plus).
     ///
     /// ```
     /// use linattn::models::TransformerConfig;
@@ -150,7 +178,27 @@ impl TransformerConfig {
         config.kv_heads = json.size_or("kv_heads", config.kv_heads)?;
         config.attention = match json.name("attention")?.unwrap_or("softmax") {
             "softmax" => AttentionKind::Softmax,
-            other => return Err(refuse("attention", "softmax", other)),
+            "performer" => AttentionKind::Performer {
+                features: json.size_or("features", default_features(config.head_dim))?,
+                kernel: match json.name("kernel")?.unwrap_or("relu") {
+                    "softmax" => PerformerKernel::Softmax,
+                    "relu" => PerformerKernel::Relu,
+                    other => return Err(refuse("kernel", "softmax or relu", other)),
+                },
+            },
+            "combiner" => AttentionKind::Combiner {
+                segment: json.size("segment")?,
+                variant: match json.name("variant")?.unwrap_or("fixed") {
+                    "fixed" => Variant::Fixed,
+                    "axial_rowmajor" => Variant::AxialRowMajor(KeySummary::None),
+                    "axial_mixture" => Variant::AxialMixture,
+                    other => {
+                        let expected = "fixed, axial_rowmajor or axial_mixture";
+                        return Err(refuse("variant", expected, other));
+                    }
+                },
+            },
+            other => return Err(refuse("attention", "softmax, performer or combiner", other)),
         };
         config.ffn = match json.name("ffn")?.unwrap_or("swiglu") {
             "swiglu" => FeedForwardKind::SwiGlu,
@@ -188,9 +236,12 @@ impl TransformerConfig {
             ("layers", self.layers, 1 << 14),
         ])?;
         self.check_block()?;
-        match self.causal {
-            true => Ok(()),
-            false => Err(refuse("causal", "true for a language model", false)),
+        match (self.causal, self.attention) {
+            (false, _) => Err(refuse("causal", "true for a language model", false)),
+            (true, AttentionKind::Combiner { variant, .. }) if variant != Variant::Fixed => {
+                Err(refuse("variant", "fixed for a language model", "another"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -203,6 +254,21 @@ impl TransformerConfig {
             ("head_dim", self.head_dim, 1 << 20),
             ("ffn_dim", self.ffn_dim, 1 << 24),
         ])?;
+        let parts = match self.attention {
+            AttentionKind::Softmax => 1,
+            AttentionKind::Performer { features, .. } => {
+                check_sizes(&[("features", features, 1 << 20)])?;
+                self.heads / self.kv_heads
+            }
+            AttentionKind::Combiner { segment, .. } => {
+                check_sizes(&[("segment", segment, 1 << 24)])?;
+                self.heads / self.kv_heads
+            }
+        };
+        if parts != 1 {
+            let expected = alloc::format!("heads = {} for this attention", self.heads);
+            return Err(refuse("kv_heads", expected, self.kv_heads));
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let expected = alloc::format!("a divisor of heads = {}", self.heads);
             return Err(refuse("kv_heads", expected, self.kv_heads));
@@ -238,6 +304,20 @@ impl TransformerConfig {
         ];
         sizes.iter().for_each(|n| word(*n as u64));
         word(u64::from(self.eps.to_bits()));
+        match self.attention {
+            AttentionKind::Softmax => word(0),
+            AttentionKind::Performer { features, kernel } => {
+                [1, features as u64, kernel as u64].into_iter().for_each(&mut *word);
+            }
+            AttentionKind::Combiner { variant, segment } => {
+                let variant = match variant {
+                    Variant::Fixed => 0,
+                    Variant::AxialRowMajor(summary) => 1 + summary as u64,
+                    _ => 3,
+                };
+                [2, variant, segment as u64].into_iter().for_each(&mut *word);
+            }
+        }
         if let Some(r) = self.rope {
             [1 + r.style as u64, r.dim as u64, r.base.to_bits()].into_iter().for_each(&mut *word);
         }

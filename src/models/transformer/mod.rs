@@ -2,9 +2,15 @@
 
 mod config;
 
-pub use config::{AttentionKind, FeedForwardKind, NormKind, RopeConfig, TransformerConfig};
+pub use config::{
+    AttentionKind, FeedForwardKind, NormKind, PerformerKernel, RopeConfig, TransformerConfig,
+};
 
 use super::decoder::{Architecture, Decoder, DecoderState, Fnv, Maps, Parts};
+use crate::attention::combiner::{CombinerAttention, CombinerConfig};
+use crate::attention::performer::{
+    PerformerAttention, PerformerConfig, RowNorm, Stabiliser, orthogonal_projection,
+};
 use crate::error::Result;
 use crate::io::TensorSource;
 use crate::layers::{
@@ -22,7 +28,8 @@ use crate::layers::{
 ///
 /// Tensors: `embed.weight`, `layers.{l}.{norm1,norm2}.weight`, `layers.{l}.{wq,wk,wv,wo,w_gate,w_up,w_down}.weight`
 /// (`w_gate` only with a gate), `norm.weight`, `head.weight` unless tied, `.bias` beside each projection if configured
-/// and beside each norm that is a LayerNorm. A state holds the keys and values of all tokens and grows with them.
+/// and beside each norm that is a LayerNorm; for Performer `layers.{l}.projection` (`[features, head_dim]`). With exact
+/// attention a state holds the keys and values of all tokens and grows with them.
 ///
 /// Source: Attention is all you need (arXiv 1706.03762); Transformer++ as in FLASH (2202.10447), section 4.
 ///
@@ -73,6 +80,21 @@ impl TransformerConfig {
         let config = SelfAttentionConfig { dim, heads, kv_heads, head_dim, causal };
         let mechanism = match self.attention {
             AttentionKind::Softmax => Mechanism::Softmax,
+            AttentionKind::Performer { features, kernel } => {
+                let projection = maps.tensors.tensor(&name("projection"), [features, head_dim])?;
+                // Where tokens may come in parts, nothing may look at the whole sequence.
+                let stabiliser = if causal { Stabiliser::Fixed(0.0) } else { Stabiliser::Sequence };
+                let config = match kernel {
+                    PerformerKernel::Softmax => PerformerConfig::softmax(),
+                    PerformerKernel::Relu => PerformerConfig::relu(),
+                };
+                let config = PerformerConfig { causal, stabiliser, ..config };
+                Mechanism::Performer(PerformerAttention::new(config, projection.view())?)
+            }
+            AttentionKind::Combiner { variant, segment } => {
+                let config = CombinerConfig { variant, causal, ..CombinerConfig::fixed(segment) };
+                Mechanism::Combiner(CombinerAttention::new(config)?)
+            }
         };
         let attention = SelfAttention::new(config, projections, rope, mechanism)?;
         let (act, gated) = self.ffn.parts();
@@ -119,6 +141,16 @@ impl Architecture for TransformerConfig {
     }
 
     fn initial(&self, name: &str, data: &mut [f32]) -> bool {
+        if let (AttentionKind::Performer { features, .. }, true) =
+            (self.attention, name.ends_with("projection"))
+        {
+            let mut seed = Fnv::default();
+            seed.add(name.as_bytes());
+            let drawn =
+                orthogonal_projection(features, self.head_dim, RowNorm::Gaussian, seed.value());
+            let fits = drawn.map(|w| data.copy_from_slice(w.as_slice()));
+            return fits.is_ok();
+        }
         let norm = ["norm.weight", "norm1.weight", "norm2.weight"];
         let value = match () {
             () if norm.iter().any(|n| name.ends_with(n)) => 1.0,
