@@ -131,6 +131,7 @@ impl<'a> Table<'a> {
 }
 
 /// A summary per row of `q`: the expectation of values, written to `to`.
+#[allow(clippy::too_many_arguments)] // queries, what they see, and where it goes
 fn expect<B: Backend, E: Element>(
     b: B,
     work: &mut Meeting<'_, B>,

@@ -1,6 +1,8 @@
 //! Configurations.
 
-use crate::attention::combiner::{KeySummary, Variant};
+#[cfg(feature = "io")]
+use crate::attention::combiner::KeySummary;
+use crate::attention::combiner::Variant;
 #[cfg(feature = "io")]
 use crate::attention::performer::default_features;
 use crate::error::Result;
