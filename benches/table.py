@@ -5,7 +5,7 @@
     python3 benches/table.py [--peers DIR] [--rounds 3] [--only lightning,decode,...]
 
 DIR holds scripts for other libraries (torch_lightning.py, ort_lightning.py, torch_decode.py, torch_noncausal.py,
-gemm_py.py) that take the same flags as `measure` and print one JSON line. Programs run in turn, so that a noisy
+torch_vision.py, gemm_py.py) that take the same flags as `measure` and print one JSON line. Programs run in turn, so that a noisy
 machine is equally noisy for all of them; figures are medians over the rounds, with the range of the crate's ratio
 to the best peer of the same round.
 """
@@ -56,10 +56,11 @@ def compare(name, mine, others, key, larger=False, scale=1.0):
         rounds.append(got)
     med = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
     pick = max if larger else min
-    cells = [name] + [f"{med[k]:.0f}" for k in mine]
+    show = lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    cells = [name] + [show(med[k]) for k in mine]
     if others:
         best = pick(others, key=lambda k: med[k])
-        cells += [f"{med[best]:.0f} ({best})"]
+        cells += [f"{show(med[best])} ({best})"]
         for k in mine:
             ratios = [(r[k] / pick(r[o] for o in others)) ** (1 if larger else -1) for r in rounds]
             cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"]
@@ -161,6 +162,15 @@ if wanted("vision"):
             if peers:
                 others = {f"torch {w}": (lambda w=w: peer("torch_noncausal.py", w, n=n, heads=8, dim=64)) for w in names}
             compare(f"{what}, {n}", {"crate": lambda: ours(what, n=n, dim=64)}, others, "median_s", scale=1e6)
+if wanted("vision_models"):
+    columns = ["model, px", "crate"] + (["best peer", "ratio"] if peers else [])
+    header("Vision models, batch 1, f32, one thread: ms per image", *columns)
+    models = ("deit_t", "deit_s", "agent_deit_t", "agent_deit_s", "swin_t", "agent_swin_t", "flatten_swin_t", "agent_pvt_t")
+    for what, res in [(m, 224) for m in models] + [("deit_s", 448), ("agent_deit_s", 448)]:
+        others = {}
+        if peers:
+            others = {m: (lambda m=m: peer("torch_vision.py", what, res=res, mode=m)) for m in ("eager", "ort")}
+        compare(f"{what}, {res}", {"crate": lambda: ours(what, res=res)}, others, "median_s", scale=1e3)
 if wanted("gemm"):
     columns = ["m x k x n", "packed", "unpacked"] + (["best peer", "ratio packed", "ratio unpacked"] if peers else [])
     header("Products in f32, one thread: GFLOP/s", *columns)

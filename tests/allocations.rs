@@ -1,11 +1,12 @@
-//! Decoding, and what vision models are made of, allocates nothing once the shapes are known. A program without test harness: the counter sees all
-//! threads, and a harness has some of its own.
+//! Decoding, and classifying and what it is made of, allocate nothing once the shapes are known. A program without test
+//! harness: the counter sees all threads, and a harness has some of its own.
 
 use linattn::attention::agent::{AgentAttention, AgentExtra};
 use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention};
 use linattn::layers::{DepthwiseConfig, DepthwiseConv2d, Resample};
 use linattn::models::{
-    Architecture, Decoder, FlashLmConfig, Sampler, SamplerConfig, TransNormerConfig,
+    Architecture, Decoder, FlashLmConfig, Sampler, SamplerConfig, TransNormerConfig, VisionConfig,
+    VisionTransformer,
 };
 use linattn::tensor::{Tensor, View, ViewMut};
 use linattn::{Result, Runtime};
@@ -95,6 +96,27 @@ fn vision(rt: &Runtime, side: usize) -> Result<usize> {
     Ok(CALLS.load(Ordering::Relaxed) - before)
 }
 
+/// Allocations of `times` classifications after a few of the same image.
+fn classify(rt: &Runtime, config: VisionConfig, times: usize) -> usize {
+    let model = VisionTransformer::random(config, 1).expect("a model");
+    let [channels, h, w] = model.image();
+    let image = vec![0.5; channels * h * w];
+    let mut logits = vec![0.0; model.classes()];
+    let mut run = || {
+        let image = View::new(&image, [1, channels, h, w]).expect("an image");
+        let out = ViewMut::new(&mut logits, [1, model.classes()]).expect("logits");
+        model.forward(rt, image, out).expect("logits");
+    };
+    for _ in 0..3 {
+        run();
+    }
+    let before = CALLS.load(Ordering::Relaxed);
+    for _ in 0..times {
+        run();
+    }
+    CALLS.load(Ordering::Relaxed) - before
+}
+
 fn main() {
     let small = || TransNormerConfig::sized(64, 32, 2, 4, 48);
     let rt = Runtime::builder().threads(1).build().expect("a runtime");
@@ -104,6 +126,10 @@ fn main() {
     let flash = FlashLmConfig { group_size: 16, ..FlashLmConfig::sized(64, 32, 2) };
     assert_eq!(decode(&rt, flash, 2, 500), 0, "chunks");
     assert_eq!(vision(&rt, 40).expect("good calls"), 0, "maps");
+    for name in ["agent_deit_t", "flatten_deit_t", "deit_t", "agent_swin_t"] {
+        let config = VisionConfig::named(name).expect("a published name").with_image(64);
+        assert_eq!(classify(&rt, config, 5), 0, "{name}");
+    }
     #[cfg(feature = "parallel")]
     {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool");

@@ -10,6 +10,7 @@ mod baselines;
 mod decode;
 mod flash;
 mod gemm;
+mod models;
 mod timing;
 mod vision;
 
@@ -52,6 +53,21 @@ enum What {
     GenerateDecode,
     /// One matrix product.
     Gemm,
+    /// A whole vision model (`--res`, `--batch`); so are all others by their names.
+    DeitT,
+    DeitS,
+    PvtT,
+    SwinT,
+    CswinT,
+    AgentDeitT,
+    AgentDeitS,
+    AgentPvtT,
+    AgentSwinT,
+    AgentCswinT,
+    FlattenDeitT,
+    FlattenPvtT,
+    FlattenSwinT,
+    FlattenCswinT,
 }
 
 /// Element types of the inputs.
@@ -108,6 +124,9 @@ struct Args {
     /// Width of a gated layer.
     #[arg(long, default_value_t = 768)]
     d: usize,
+    /// Height and width of the images of vision models.
+    #[arg(long, default_value_t = 224)]
+    res: usize,
     /// Rows of a product.
     #[arg(long, default_value_t = 128)]
     m: usize,
@@ -214,6 +233,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::TransformerPp => baselines::transformer_pp(&args, &rt)?,
         What::GenerateDecode => decode::generate_decode(&args, &rt)?,
         What::Gemm => gemm::gemm(&args, &rt),
+        what => {
+            let name = what.to_possible_value().expect("no hidden values");
+            models::model(&args, &rt, name.get_name())?
+        }
     };
     let mut times = outcome.times;
     times.sort_by(f64::total_cmp);

@@ -84,4 +84,34 @@ impl Json {
         let flags = list.as_array().and_then(|l| l.iter().map(flag).collect::<Option<_>>());
         flags.map(Some).ok_or_else(|| refuse(key, "a list of 0 and 1", list))
     }
+
+    /// A list of sizes.
+    pub fn sizes(&self, key: &str) -> Result<Vec<usize>> {
+        let size = |v: &Value| v.as_u64().filter(|n| *n <= 1 << 32).map(|n| n as usize);
+        self.list(key, "a list of sizes", size)
+    }
+
+    /// A list of `n` sizes.
+    pub fn sizes_of(&self, key: &str, n: usize) -> Result<Vec<usize>> {
+        expect(key, n, self.sizes(key)?)
+    }
+
+    /// A list of `n` numbers.
+    pub fn numbers_of(&self, key: &str, n: usize) -> Result<Vec<f64>> {
+        expect(key, n, self.list(key, "a list of numbers", Value::as_f64)?)
+    }
+
+    fn list<T>(&self, key: &str, kind: &str, item: impl Fn(&Value) -> Option<T>) -> Result<Vec<T>> {
+        let value = self.get(key).ok_or_else(|| refuse(key, kind, "nothing"))?;
+        let items = value.as_array().and_then(|l| l.iter().map(item).collect::<Option<_>>());
+        items.ok_or_else(|| refuse(key, kind, value))
+    }
+}
+
+#[cfg(feature = "io")]
+fn expect<T>(key: &str, n: usize, list: Vec<T>) -> Result<Vec<T>> {
+    match list.len() == n {
+        true => Ok(list),
+        false => Err(refuse(key, alloc::format!("{n} entries"), list.len())),
+    }
 }

@@ -56,16 +56,26 @@ const OP: &str = "vision attention";
 #[derive(Clone, Debug)]
 pub struct VisionAttention {
     config: VisionAttentionConfig,
-    projection: Projection,
-    mixers: Vec<MapAttention>,
+    pub(super) projection: Projection,
+    pub(super) mixers: Vec<MapAttention>,
     proj: Linear,
 }
 
 /// Where queries, keys and values come from.
 #[derive(Clone, Debug)]
-enum Projection {
+pub(super) enum Projection {
     One { qkv: Linear },
     Two { q: Linear, kv: Linear, reduce: Option<Box<(Conv2d, Norm)>> },
+}
+
+impl Projection {
+    /// The projection of all three from the same tokens.
+    pub fn one(&self) -> Option<&Linear> {
+        match self {
+            Projection::One { qkv } => Some(qkv),
+            Projection::Two { .. } => None,
+        }
+    }
 }
 
 impl VisionAttention {

@@ -8,7 +8,7 @@ use crate::layers::gla::{matrix, table};
 use crate::layers::{Mlp, MlpConfig, Norm, Parameters};
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
-use crate::tensor::{View, ViewMut};
+use crate::tensor::{Tensor, View, ViewMut};
 
 const OP: &str = "vision block";
 
@@ -130,6 +130,21 @@ impl VisionBlock {
         };
         let bytes = self.scratch_bytes(rt, batch);
         rt.with_scratch(bytes, |cut| self.run(rt, stream, batch, cut))?
+    }
+
+    /// Where the tokens of a stream (`[1, tokens, dim]`) look: how much each (rows) takes of the value of every other
+    /// (columns), the mean over the heads, without what convolutions add. For pictures: it takes a multiple of the
+    /// time of the attention, and memory for all pairs.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another stream, [`Error::Value`] if not all tokens mix, as with smaller windows, stripes
+    /// and reduced maps, [`Error::Alloc`] if memory cannot be had.
+    pub fn attention_weights(&self, rt: &Runtime, x: View<'_, f32, 3>) -> Result<Tensor<2>> {
+        let (tokens, dim) = (self.config.attention.tokens(), self.config.attention.dim);
+        expect_shape(OP, "x", "[1, tokens, dim]", [1, tokens, dim], x.shape())?;
+        let mut normed = Tensor::zeros([1, tokens, dim])?;
+        self.norm1.forward(rt, x.merge_rows()?, normed.view_mut().merge_rows()?)?;
+        self.attn.weights(rt, normed.view())
     }
 
     /// Scratch bytes that a call takes from the runtime, besides those of the attention itself.

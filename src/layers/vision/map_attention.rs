@@ -135,7 +135,7 @@ impl MapAttention {
         copies * bytes_of::<f32>(tokens * self.config.dim) + self.mix_bytes(batch)
     }
 
-    fn mix_bytes(&self, batch: usize) -> usize {
+    pub(super) fn mix_bytes(&self, batch: usize) -> usize {
         let (windows, dim) = (batch * self.config.windows(), self.config.dim);
         let core = match &self.core {
             Core::Softmax(_) => 0,
@@ -188,21 +188,32 @@ impl MapAttention {
         mut out: ViewMut<'_, f32, 3>,
         mut cut: Cut<'_>,
     ) -> Result<()> {
-        let ([q, k, v], heads) = (qkv, self.config.heads);
-        let work = cut.take::<u8>(self.mix_bytes(q.shape()[0] / self.config.windows()));
+        let windows = qkv[0].shape()[0];
+        let work = cut.take::<u8>(self.mix_bytes(windows / self.config.windows()));
+        self.mechanism(rt, qkv, out.reborrow(), Cut::new(work))?;
+        match &self.local {
+            Some(local) => local.run(rt, qkv[2], out, Cut::new(work)),
+            None => Ok(()),
+        }
+    }
+
+    /// The attention alone, without convolutions.
+    pub(super) fn mechanism(
+        &self,
+        rt: &Runtime,
+        qkv: [View<'_, f32, 3>; 3],
+        out: ViewMut<'_, f32, 3>,
+        cut: Cut<'_>,
+    ) -> Result<()> {
+        let heads = self.config.heads;
         match &self.core {
             Core::Softmax(softmax) => {
+                let [q, k, v] = qkv;
                 let qkv = [q.split_heads(heads)?, k.split_heads(heads)?, v.split_heads(heads)?];
-                softmax.run(rt, qkv, out.reborrow().split_heads(heads)?)?;
+                softmax.run(rt, qkv, out.split_heads(heads)?)
             }
-            Core::Agent(agent) => agent.run(rt, heads, qkv, out.reborrow(), Cut::new(work))?,
-            Core::Focused(focused) => {
-                focused.run(rt, heads, qkv, out.reborrow(), Cut::new(work))?
-            }
-        }
-        match &self.local {
-            Some(local) => local.run(rt, v, out, Cut::new(work)),
-            None => Ok(()),
+            Core::Agent(agent) => agent.run(rt, heads, qkv, out, cut),
+            Core::Focused(focused) => focused.run(rt, heads, qkv, out, cut),
         }
     }
 }

@@ -6,6 +6,7 @@ mod block;
 mod config;
 mod focused;
 mod local;
+mod look;
 mod map_attention;
 mod merging;
 mod relative;

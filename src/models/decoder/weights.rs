@@ -1,10 +1,10 @@
 //! From named tensors to linear maps, and tensors of models without a checkpoint.
 
-use super::{Architecture, Fnv};
+use super::Architecture;
 use crate::error::{Error, Result};
 use crate::io::TensorSource;
 use crate::layers::{Linear, Norm, WeightFormat};
-use crate::tensor::{Rng, Tensor};
+use crate::tensor::Tensor;
 
 /// Makes layers of named tensors.
 #[derive(Debug)]
@@ -75,14 +75,7 @@ impl<C: Architecture> TensorSource for Random<C> {
         if self.config.initial(name, out.as_mut_slice()) {
             return Ok(out);
         }
-        let mut hash = Fnv::default();
-        hash.add(name.as_bytes());
-        let mut rng = Rng::new(self.seed ^ hash.value());
-        let inputs = shape[N - 1] as f64;
-        let scale = (2.0 * libm::sqrt(3.0 / inputs)) as f32;
-        for x in out.as_mut_slice() {
-            *x = (rng.uniform() as f32 - 0.5) * scale;
-        }
+        crate::models::random::unit_gain(self.seed, name, shape[N - 1], out.as_mut_slice());
         Ok(out)
     }
 }

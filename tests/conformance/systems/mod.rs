@@ -13,6 +13,7 @@ mod performer;
 mod softmax;
 mod transformer;
 mod vision;
+mod vision_models;
 mod vision_ops;
 
 use crate::run::Run;
@@ -31,12 +32,12 @@ const SYSTEMS: &[(&str, System)] = &[
     ("agent_attention", vision_ops::agent),
     ("checkpoint", model::checkpoint),
     ("depthwise_conv2d", vision_ops::depthwise),
+    ("flash", flash::flash),
     ("focused.cswin", vision::cswin),
     ("focused.deit", vision::deit),
     ("focused.pvt", vision::pvt),
     ("focused.swin", vision::swin),
     ("focused_linear_attention", vision_ops::focused),
-    ("flash", flash::flash),
     ("gau", flash::gau),
     ("combiner_attention", combiner::attention),
     ("lightning_attention", lightning::attention),
@@ -48,7 +49,19 @@ const SYSTEMS: &[(&str, System)] = &[
     ("minimax.lightning", layers::minimax),
     ("mixed_chunk_attention", mixed_chunk::attention),
     ("mixed_chunk_decode", mixed_chunk::decode),
+    ("model.agent_cswin", vision_models::vision),
+    ("model.agent_deit", vision_models::vision),
+    ("model.agent_pvt", vision_models::vision),
+    ("model.agent_swin", vision_models::vision),
+    ("model.deit", vision_models::vision),
     ("model.flash_lm", flash::model),
+    ("model.flatten_cswin", vision_models::vision),
+    ("model.flatten_deit", vision_models::vision),
+    ("model.flatten_pvt", vision_models::vision),
+    ("model.flatten_pvt_v2", vision_models::vision),
+    ("model.flatten_swin", vision_models::vision),
+    ("model.pvt", vision_models::vision),
+    ("model.swin", vision_models::vision),
     ("model.transnormerllm", model::transnormer),
     ("performer_attention", performer::attention),
     ("rope", layers::rope),
