@@ -92,7 +92,8 @@ fn small() -> Vec<VisionConfig> {
     let pvt = r#""embed_dims": [4, 8, 8, 12], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 3],
         "mlp_ratios": [2, 2, 2, 2], "sr_ratios": [4, 2, 2, 1], "agent_sr_ratios": [2, 1, 1, 1],
         "la_sr_ratios": [1, 2, 1, 1]"#;
-    let swin = r#""embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8"#;
+    let swin = r#""embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]"#;
+    let windows = |keys: &str, size: usize| format!(r#"{keys}, "window_size": {size}"#);
     let cswin = r#""embed_dim": 8, "depth": [1, 1, 1, 1], "num_heads": [2, 2, 4, 4],
         "split_size": [2, 2, 2, 2], "la_split_size": [16, 8, 4, 2]"#;
     let letters = |keys: &str, letters: &str| format!(r#"{keys}, "attn_type": "{letters}""#);
@@ -104,9 +105,9 @@ fn small() -> Vec<VisionConfig> {
         with("agent_pvt", &letters(pvt, "AABA")),
         with("flatten_pvt", &letters(pvt, "LLSL")),
         with("flatten_pvt_v2", pvt),
-        with("swin", swin),
-        with("agent_swin", &letters(swin, "AM1")),
-        with("flatten_swin", &letters(swin, "LS")),
+        with("swin", &windows(swin, 8)),
+        with("agent_swin", &windows(&letters(swin, "AM1"), 64)),
+        with("flatten_swin", &windows(&letters(swin, "LS"), 64)),
         with("cswin", cswin),
         with("agent_cswin", &letters(cswin, "AABB")),
         with("flatten_cswin", &letters(cswin, "LLSS")),
@@ -195,7 +196,7 @@ fn impossible_configurations() {
     refused(DeitConfig { norm_eps: -1.0, ..deit() }, "norm_eps");
     let blocks = vec![Mechanism::Agent { agents: 5 }];
     refused(DeitConfig { blocks, ..deit() }, "agents");
-    let swin = || SwinConfig { dim: 8, ..SwinConfig::tiny().with_image(32) };
+    let swin = || SwinConfig::tiny().with_image(32);
     refused(SwinConfig { image: 36, ..swin() }, "img_size");
     refused(SwinConfig { softmax_window: 0, ..swin() }, "window_size");
     refused(SwinConfig { softmax_window: 3, ..swin() }, "window");
@@ -210,7 +211,7 @@ fn hostile_json() {
         (Some("resnet"), "{}", "arch"),
         (Some("agent_deit"), r#"{"depth": 1e9}"#, "depth"),
         (Some("agent_deit"), r#"{"depth": 4000000000}"#, "depth"),
-        (Some("agent_deit"), r#"{"depth": 2, "agent_num": []}"#, "agent_num"),
+        (Some("agent_deit"), r#"{"depth": 2}"#, "img_size"),
         (Some("agent_swin"), r#"{"depths": [2], "num_heads": [1, 2]}"#, "num_heads"),
         (
             Some("agent_swin"),
@@ -219,11 +220,16 @@ fn hostile_json() {
         ),
         (
             Some("flatten_swin"),
-            r#"{"depths": [2], "num_heads": [1], "attn_type": "é"}"#,
+            r#"{"depths": [2], "num_heads": [1], "attn_type": "é", "img_size": 32, "embed_dim": 8,
+                "num_classes": 2}"#,
             "attn_type",
         ),
         (Some("pvt"), r#"{"embed_dims": 3}"#, "embed_dims"),
-        (Some("cswin"), r#"{"depth": [1], "num_heads": [1]}"#, "split_size"),
+        (
+            Some("cswin"),
+            r#"{"depth": [1], "num_heads": [1], "img_size": 32, "embed_dim": 8, "num_classes": 2}"#,
+            "split_size",
+        ),
     ] {
         match VisionConfig::from_json(arch, text) {
             Err(Error::Config { key: got, .. }) => assert_eq!(got, key, "{text}"),

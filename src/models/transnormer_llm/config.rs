@@ -97,7 +97,7 @@ impl TransNormerConfig {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Config`] for a key that is missing, malformed, or asks for something unknown.
+    /// [`Error::Config`](crate::Error::Config) for a key that is missing, malformed, or asks for something unknown.
     #[cfg(feature = "io")]
     pub fn from_json(text: &str) -> Result<Self> {
         let json = Json::parse(text)?;

@@ -1,6 +1,8 @@
 //! CSwin: crossed stripes, and stages joined by strided convolutions.
 
-use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, refuse, shrink, sizes};
+#[cfg(feature = "io")]
+use super::super::plan::refuse;
+use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, shrink, sizes};
 use super::{ALL, agent, focused};
 use crate::error::Result;
 use crate::layers::Conv2dConfig;

@@ -1,6 +1,8 @@
 //! PVT: four stages whose keys and values may come from a reduced map.
 
-use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, refuse, shrink, sizes};
+#[cfg(feature = "io")]
+use super::super::plan::refuse;
+use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, shrink, sizes};
 use super::{ALL, agent, focused};
 use crate::error::Result;
 use crate::layers::Conv2dConfig;
