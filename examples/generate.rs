@@ -1,11 +1,16 @@
-//! Continues a text with a TransNormerLLM, byte by byte or with a tokenizer, and scores texts.
+//! Continues a text with a language model, byte by byte or with a tokenizer, and scores texts.
 //!
 //! ```text
 //! cargo run --release --example generate -- --prompt "The Rust compiler " --tokens 200
 //! cargo run --release --example generate -- --score examples/models/rustdoc/heldout.txt
 //! cargo run --release --example generate -- --model DIR --tokenizer DIR/tokenizer.json --prompt - < text
+//! cargo run --release --example generate -- --arch flash --model DIR --prompt "The "
 //! ```
 
+#[path = "support/arch.rs"]
+mod arch;
+
+use arch::{Arch, Visit};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use linattn::attention::StreamState;
@@ -27,9 +32,16 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 /// Tokens between two looks at the progress bar.
 const STRIDE: usize = 512;
 
-/// Continues a text with a TransNormerLLM, or scores one.
+/// Width and blocks of a model without a checkpoint.
+const RANDOM: [usize; 2] = [256, 4];
+
+/// Continues a text with a language model, or scores one.
 #[derive(Debug, Parser)]
 struct Args {
+    /// Kind of model. All but the first have random weights unless `--model` names a checkpoint; with one, the kinds of
+    /// transformer are told apart by its config.json.
+    #[arg(long, value_enum, default_value = "transnormer")]
+    arch: Arch,
     /// Directory or .safetensors file of the model [default: the one that is shipped]; `random-385m` and
     /// `random-1b` are random weights of that size.
     #[arg(long)]
@@ -97,8 +109,34 @@ fn run(args: &Args) -> Result<()> {
     }
     let rt = builder.build()?;
     let start = Instant::now();
-    let model = load(args.model.as_deref(), args.weights)?;
-    run_model(args, &rt, &model, start)
+    if args.arch == Arch::Transnormer {
+        let model = load(args.model.as_deref(), args.weights)?;
+        return run_model(args, &rt, &model, start);
+    }
+    let [dim, depth] = RANDOM;
+    args.arch.visit(dim, depth, Other { args, rt: &rt, start })
+}
+
+/// A model of another kind than the shipped one.
+struct Other<'a> {
+    args: &'a Args,
+    rt: &'a Runtime,
+    start: Instant,
+}
+
+impl Visit for Other<'_> {
+    type Output = Result<()>;
+    fn visit<C: Architecture>(self, config: C) -> Result<()> {
+        let Self { args, rt, start } = self;
+        let model = match &args.model {
+            Some(path) => Decoder::<C>::load_with(path, args.weights)?,
+            None => {
+                eprintln!("no --model: weights are random, and what they write means nothing");
+                Decoder::random_with(config, 0, args.weights)?
+            }
+        };
+        run_model(args, rt, &model, start)
+    }
 }
 
 /// Generates or scores, whatever kind of model it is.
