@@ -31,7 +31,7 @@ use crate::tensor::{Tensor, View};
 /// use linattn::Runtime;
 /// use linattn::models::{FlashLm, FlashLmConfig, Generate, Sampler};
 /// let rt = Runtime::new()?;
-/// let config = FlashLmConfig { group_size: 16, query_key_dim: 8, ..FlashLmConfig::sized(50, 32, 2) };
+/// let config = FlashLmConfig { group_size: 16, query_key_dim: 32, ..FlashLmConfig::sized(50, 32, 2) };
 /// let model = FlashLm::random(config, 1)?;
 /// let mut state = model.new_state(1)?;
 /// let tokens = Generate::new(&model, &rt, &mut state, Sampler::greedy(), &[7, 8, 9])?;
