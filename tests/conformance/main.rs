@@ -5,7 +5,7 @@
 //! - `LINATTN_REPORT=FILE` appends one line of JSON per compared tensor.
 //!
 //! A file whose system nothing here computes is reported as ignored. Every `out.*` tensor of the others must be
-//! compared, at the tolerance that the file states, or at that of an engine that rounds.
+//! compared, and so must every `grad.*` tensor of the operations, at the tolerance that the file states, or at that of an engine that rounds.
 
 mod case;
 mod run;
@@ -17,6 +17,7 @@ use case::Case;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use systems::System;
 
 fn main() {
     let args = Arguments::from_args();
@@ -41,19 +42,20 @@ fn trials(path: &Path) -> Vec<Trial> {
         Ok(case) => Arc::new(case),
         Err(e) => return vec![Trial::test(stem, move || Err(Failed::from(e)))],
     };
-    let gradients = case.names("grad.").next().is_some();
-    let system = systems::find(&case.system);
-    let known = system.is_some();
-    let mut trials = vec![
-        Trial::test(stem.clone(), move || match system {
-            Some(system) => run::on_every_engine(&case, system),
-            None => Err(format!("nothing computes the system `{}`", case.system).into()),
+    let has_gradients = case.names("grad.").next().is_some();
+    let trial = |name: String, case: Arc<Case>, system: Option<System>, prefix: &'static str| {
+        Trial::test(name, move || match system {
+            Some(system) => run::on_every_engine(&case, system, prefix),
+            None => Err(format!("nothing computes `{prefix}*` of `{}`", case.system).into()),
         })
-        .with_ignored_flag(!known),
-    ];
-    if gradients {
-        let refuse = || Err(Failed::from("gradients are not computed"));
-        trials.push(Trial::test(format!("{stem}::grad"), refuse).with_ignored_flag(true));
+        .with_ignored_flag(system.is_none())
+    };
+    let mut trials = Vec::new();
+    if has_gradients {
+        let system = systems::gradients(&case.system);
+        trials.push(trial(format!("{stem}::grad"), case.clone(), system, "grad."));
     }
+    let system = systems::find(&case.system);
+    trials.push(trial(stem, case, system, "out."));
     trials
 }

@@ -17,18 +17,21 @@ pub struct Run<'a> {
     pub rt: &'a Runtime,
     /// The hint, or none: the library's own choice.
     pub chunk: Option<usize>,
+    /// What is compared: tensors `out.*` or `grad.*`.
+    prefix: &'static str,
     errors: &'a RefCell<BTreeMap<String, (f64, f64)>>,
 }
 
 impl Run<'_> {
-    /// Compares with the tensor `out.<name>` of the case; a tensor that the file lacks needs no comparison.
+    /// Compares with the tensor `out.<name>` of the case, or `grad.<name>` in a run of gradients; a tensor that the
+    /// file lacks needs no comparison.
     pub fn check(&self, name: &str, got: &[f32]) {
         self.check_against(self.case, name, got);
     }
 
-    /// Compares with `out.<name>` of another case.
+    /// Compares with the tensor of another case.
     pub fn check_against(&self, other: &Case, name: &str, got: &[f32]) {
-        let name = format!("out.{name}");
+        let name = format!("{}{name}", self.prefix);
         if let Some(want) = other.get(&name) {
             let err = if got.len() == want.data.len() {
                 rel_err(got, &widen(&want.data))
@@ -54,8 +57,8 @@ impl Run<'_> {
     }
 }
 
-/// The test of one file.
-pub fn on_every_engine(case: &Case, system: System) -> Result<(), Failed> {
+/// Computes the tensors `out.*` or `grad.*` of one file on every engine.
+pub fn on_every_engine(case: &Case, system: System, prefix: &'static str) -> Result<(), Failed> {
     let mut faults = Vec::new();
     let mut hints = vec![None];
     if case.config.get("chunk").is_some() {
@@ -67,7 +70,7 @@ pub fn on_every_engine(case: &Case, system: System) -> Result<(), Failed> {
         let (rt, isa) = (engine.runtime(), format!("{} {}", engine.isa, engine.name()));
         let errors = RefCell::default();
         for chunk in &hints {
-            let run = Run { case, rt: &rt, chunk: *chunk, errors: &errors };
+            let run = Run { case, rt: &rt, chunk: *chunk, prefix, errors: &errors };
             match catch_unwind(AssertUnwindSafe(|| system(&run))) {
                 Ok(Ok(())) => {}
                 Ok(Err(e)) => faults.push(format!("{isa}, chunk {chunk:?}: {e}")),
@@ -89,7 +92,7 @@ pub fn on_every_engine(case: &Case, system: System) -> Result<(), Failed> {
                 ));
             }
         }
-        for name in case.names("out.").filter(|n| !errors.contains_key(*n)) {
+        for name in case.names(prefix).filter(|n| !errors.contains_key(*n)) {
             faults.push(format!("{isa}: `{name}` was not compared"));
         }
         if errors.is_empty() {

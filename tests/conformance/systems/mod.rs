@@ -73,6 +73,14 @@ const SYSTEMS: &[(&str, System)] = &[
     ("transnormer.glu", layers::transnormer_glu),
 ];
 
+/// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
+const GRADIENTS: &[(&str, System)] = &[];
+
+/// The function that computes the gradients of a system, if there is one.
+pub fn gradients(name: &str) -> Option<System> {
+    GRADIENTS.iter().find(|s| s.0 == name).map(|s| s.1)
+}
+
 /// The function of a system, if there is one.
 pub fn find(name: &str) -> Option<System> {
     SYSTEMS.iter().find(|s| s.0 == name).map(|s| s.1)
