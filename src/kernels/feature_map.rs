@@ -2,7 +2,7 @@
 
 use crate::scratch::Cut;
 use crate::simd::{Backend, Lanes, math};
-use crate::tensor::{Element, View};
+use crate::tensor::{Element, View, ViewMut};
 
 /// Which side of the product features are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,11 +110,27 @@ impl FeatureMap {
             FeatureMap::Silu => x / (1.0 + libm::exp(-x)),
         }
     }
+
+    /// The derivative at `x`, in `f64`; that of the ReLU is 0 at 0.
+    #[must_use]
+    pub fn slope(self, x: f64) -> f64 {
+        match self {
+            FeatureMap::Identity => 1.0,
+            FeatureMap::Elu1 => libm::exp(x.min(0.0)),
+            FeatureMap::Relu => f64::from(u8::from(x > 0.0)),
+            FeatureMap::Silu => {
+                let s = 1.0 / (1.0 + libm::exp(-x));
+                s + x * s * (1.0 - s)
+            }
+        }
+    }
 }
 
 /// A map as a type, so that loops over rows have no branch.
 trait Map: Copy {
     fn at<L: Lanes>(self, l: L, x: L::F) -> L::F;
+    /// `d` times the derivative at `x`.
+    fn chain<L: Lanes>(self, l: L, x: L::F, d: L::F) -> L::F;
 }
 
 #[derive(Clone, Copy)]
@@ -123,6 +139,10 @@ impl Map for Identity {
     #[inline(always)]
     fn at<L: Lanes>(self, _: L, x: L::F) -> L::F {
         x
+    }
+    #[inline(always)]
+    fn chain<L: Lanes>(self, _: L, _: L::F, d: L::F) -> L::F {
+        d
     }
 }
 
@@ -134,6 +154,10 @@ impl Map for Elu1 {
         let above = l.add(x, l.splat(1.0));
         l.select(l.lt(l.zero(), x), above, math::exp(l, x))
     }
+    #[inline(always)]
+    fn chain<L: Lanes>(self, l: L, x: L::F, d: L::F) -> L::F {
+        l.select(l.lt(l.zero(), x), d, l.mul(d, math::exp(l, x)))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -143,6 +167,10 @@ impl Map for Relu {
     fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
         l.select(l.lt(x, l.zero()), l.zero(), x)
     }
+    #[inline(always)]
+    fn chain<L: Lanes>(self, l: L, x: L::F, d: L::F) -> L::F {
+        l.select(l.le(x, l.zero()), l.zero(), d)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -151,6 +179,14 @@ impl Map for Silu {
     #[inline(always)]
     fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
         math::silu(l, x)
+    }
+    #[inline(always)]
+    fn chain<L: Lanes>(self, l: L, x: L::F, d: L::F) -> L::F {
+        // Bounds beyond which the derivative is 0 or 1 in `f32`; they keep infinities out of products with 0.
+        let x = l.select(l.lt(x, l.splat(-128.0)), l.splat(-128.0), x);
+        let x = l.select(l.lt(l.splat(128.0), x), l.splat(128.0), x);
+        let (one, s) = (l.splat(1.0), math::sigmoid(l, x));
+        l.mul(d, l.mul(s, l.mul_add(x, l.sub(one, s), one)))
     }
 }
 
@@ -205,6 +241,55 @@ fn rows_as<B: Backend, E: Element>(
                 let x = map.at(l, l.load_head(d_tail));
                 l.store_head(d_tail, x);
             }
+        }
+    }
+}
+
+/// Elements that pass through a buffer on the stack at a time.
+const PIECE: usize = 64;
+
+/// The way back through [`map_rows`]: `dst = map'(src) * dphi`, element by element, for rows `at .. at + rows` of `src` and
+/// of `dst`; the gradient of the features of row `r` is `dphi[r * stride ..]`.
+#[inline(always)]
+pub fn chain_rows<B: Backend, E: Element>(
+    b: B,
+    map: FeatureMap,
+    src: View<'_, E, 2>,
+    [at, rows]: [usize; 2],
+    dphi: &[f32],
+    stride: usize,
+    dst: &mut ViewMut<'_, E, 2>,
+) {
+    match map {
+        FeatureMap::Identity => chain_as(b, Identity, src, [at, rows], dphi, stride, dst),
+        FeatureMap::Elu1 => chain_as(b, Elu1, src, [at, rows], dphi, stride, dst),
+        FeatureMap::Relu => chain_as(b, Relu, src, [at, rows], dphi, stride, dst),
+        FeatureMap::Silu => chain_as(b, Silu, src, [at, rows], dphi, stride, dst),
+    }
+}
+
+#[inline(always)]
+fn chain_as<B: Backend, E: Element>(
+    b: B,
+    map: impl Map,
+    src: View<'_, E, 2>,
+    [at, rows]: [usize; 2],
+    dphi: &[f32],
+    stride: usize,
+    dst: &mut ViewMut<'_, E, 2>,
+) {
+    const { assert!(PIECE.is_multiple_of(B::L::N)) };
+    let (l, width) = (b.lanes(), src.shape()[1]);
+    for r in 0..if width == 0 { 0 } else { rows } {
+        let (x, d) = (src.row([at + r, 0]), &dphi[r * stride..][..width]);
+        let pieces = x.chunks(PIECE).zip(d.chunks(PIECE));
+        for ((x, d), to) in pieces.zip(dst.row_mut([at + r, 0]).chunks_mut(PIECE)) {
+            let mut wide = [0.0; PIECE];
+            E::widen(b.convert(), x, &mut wide[..x.len()]);
+            for (d, y) in d.chunks(B::L::N).zip(wide.chunks_exact_mut(B::L::N)) {
+                l.store(y, map.chain(l, l.load(y), l.load_head(d)));
+            }
+            E::narrow(b.convert(), &wide[..to.len()], to);
         }
     }
 }
