@@ -47,7 +47,7 @@ pub struct GatedNorm<'a> {
 
 /// `mean(x^2)`
 #[inline(always)]
-fn mean_square<L: Lanes>(l: L, row: &[f32]) -> f64 {
+pub(super) fn mean_square<L: Lanes>(l: L, row: &[f32]) -> f64 {
     const PARTS: usize = 4;
     let mut acc = [l.zero(); PARTS];
     let mut j = 0;
@@ -75,7 +75,7 @@ fn mean_square<L: Lanes>(l: L, row: &[f32]) -> f64 {
 
 /// `1 / sqrt(mean(x^2) + eps)`
 #[inline(always)]
-fn inverse_root<L: Lanes>(l: L, row: &[f32], eps: f32) -> f32 {
+pub(super) fn inverse_root<L: Lanes>(l: L, row: &[f32], eps: f32) -> f32 {
     (1.0 / libm::sqrt(mean_square(l, row) + f64::from(eps))) as f32
 }
 
@@ -199,7 +199,7 @@ fn total<L: Lanes>(l: L, row: &[f32]) -> L::F {
 
 /// What rows are shifted and scaled by, as many at a time as there are lanes.
 #[inline(always)]
-fn affine_rows<L: Lanes>(
+pub(super) fn affine_rows<L: Lanes>(
     l: L,
     x: View<'_, f32, 2>,
     first: usize,

@@ -31,35 +31,45 @@ impl Block {
     }
 }
 
-/// `out = [x cos(theta p) | x sin(theta p)]` per head.
+/// `out = [x cos(theta p) | x sin(theta p)]` per head; or back, `out = x_1 cos(theta p) + x_2 sin(theta p)` for
+/// `x = [x_1 | x_2]`.
 #[derive(Debug)]
 pub struct LrpeRows<'a> {
-    /// `[batch, len, heads, dim]`
+    /// `[batch, len, heads, dim]`, or twice as wide on the way back.
     pub x: View<'a, f32, 4>,
-    /// `[batch, len, heads, 2 dim]`
+    /// `[batch, len, heads, 2 dim]`, or half as wide on the way back.
     pub out: ViewMut<'a, f32, 4>,
     /// `[heads, dim]`
     pub theta: &'a [f64],
     /// Position of the first token.
     pub offset: usize,
+    /// Whether this is the way back.
+    pub back: bool,
 }
 
 impl<B: Backend> Kernel<B> for LrpeRows<'_> {
     type Output = ();
     #[inline(always)]
     fn run(mut self, b: B) {
-        let (l, [batch, len, heads, dim]) = (b.lanes(), self.x.shape());
+        let (l, [batch, len, heads, width]) = (b.lanes(), self.x.shape());
+        let dim = if self.back { width / 2 } else { width };
         for t in 0..len {
             let p = (self.offset + t) as f64;
             for h in 0..heads {
                 for j in (0..dim).step_by(BLOCK) {
                     let n = BLOCK.min(dim - j);
                     let block = Block::new(l, p, &self.theta[h * dim + j..][..n]);
+                    let (cos, sin) = (&block.cos[..n], &block.sin[..n]);
                     for i in 0..batch {
-                        let x = &self.x.row([i, t, h, 0])[j..j + n];
-                        let (cos, sin) = self.out.row_mut([i, t, h, 0]).split_at_mut(dim);
-                        times(l, x, &block.cos[..n], &mut cos[j..j + n]);
-                        times(l, x, &block.sin[..n], &mut sin[j..j + n]);
+                        let (x, out) = (self.x.row([i, t, h, 0]), self.out.row_mut([i, t, h, 0]));
+                        if self.back {
+                            let (a, b) = (&x[j..j + n], &x[dim + j..][..n]);
+                            turned(l, a, b, cos, sin, &mut out[j..j + n]);
+                        } else {
+                            let (near, far) = out.split_at_mut(dim);
+                            times(l, &x[j..j + n], cos, &mut near[j..j + n]);
+                            times(l, &x[j..j + n], sin, &mut far[j..j + n]);
+                        }
                     }
                 }
             }
@@ -71,6 +81,16 @@ impl<B: Backend> Kernel<B> for LrpeRows<'_> {
 fn times<L: Lanes>(l: L, a: &[f32], b: &[f32], out: &mut [f32]) {
     for ((a, b), out) in a.chunks(L::N).zip(b.chunks(L::N)).zip(out.chunks_mut(L::N)) {
         l.store_head(out, l.mul(l.load_head(a), l.load_head(b)));
+    }
+}
+
+/// `out = a cos + b sin`
+#[inline(always)]
+fn turned<L: Lanes>(l: L, a: &[f32], b: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
+    for j in (0..out.len()).step_by(L::N) {
+        let (a, b) = (l.load_head(&a[j..]), l.load_head(&b[j..]));
+        let (c, s) = (l.load_head(&cos[j..]), l.load_head(&sin[j..]));
+        l.store_head(&mut out[j..], l.mul_add(b, s, l.mul(a, c)));
     }
 }
 
@@ -87,6 +107,8 @@ pub struct RopeRows<'a> {
     pub interleaved: bool,
     /// Position of the first token, or of every token.
     pub positions: Result<&'a [usize], usize>,
+    /// Whether pairs turn back.
+    pub back: bool,
 }
 
 impl<B: Backend> Kernel<B> for RopeRows<'_> {
@@ -100,6 +122,7 @@ impl<B: Backend> Kernel<B> for RopeRows<'_> {
                 Ok(at) => at[t],
                 Err(start) => start + t,
             } as f64;
+            let p = if self.back { -p } else { p };
             for j in (0..pairs).step_by(BLOCK) {
                 let n = BLOCK.min(pairs - j);
                 let block = Block::new(l, p, &self.freq[j..][..n]);

@@ -30,7 +30,7 @@ pub use agent_bias::{AgentBias, AgentBiasTables};
 pub use agent_sd::{AgentSdAttention, AgentSdConfig};
 pub use block::Block;
 pub use conv2d::{Channels, Conv2d, Conv2dConfig};
-pub use depthwise::{DepthwiseConfig, DepthwiseConv2d};
+pub use depthwise::{DepthwiseConfig, DepthwiseConv2d, DepthwiseGradients};
 pub use feed_forward::{FeedForward, FeedForwardConfig};
 pub use flash::{
     Flash, FlashConfig, FlashState, Gau, GauConfig, GauState, RelativeBias, ScaledSinusoid,
@@ -39,7 +39,7 @@ pub use gla::{GatedLinearAttention, GlaConfig};
 pub use linear::Linear;
 pub use minimax_lightning::{MiniMaxConfig, MiniMaxLightning};
 pub use mlp::{Mlp, MlpConfig};
-pub use norm::Norm;
+pub use norm::{Norm, NormGradients};
 pub use parameters::Parameters;
 pub use resample::Resample;
 pub use rotary::{Lrpe, Positions, Rope, RopeStyle};

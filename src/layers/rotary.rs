@@ -77,6 +77,31 @@ impl Lrpe {
         Ok(())
     }
 
+    /// The gradient of a sum `<dout, out>` for the input, `dx = dout_1 cos(theta p) + dout_2 sin(theta p)` with
+    /// `dout = [dout_1 | dout_2]`; it is overwritten and does not depend on `x`.
+    ///
+    /// `dout`: `[batch, len, heads, 2 dim]`, `dx`: `[batch, len, heads, dim]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); `dx` is untouched then.
+    pub fn backward(
+        &self,
+        rt: &Runtime,
+        offset: usize,
+        dout: View<'_, f32, 4>,
+        dx: ViewMut<'_, f32, 4>,
+    ) -> Result<()> {
+        let [batch, len, ..] = dout.shape();
+        let letters = "[batch, len, heads, dim]";
+        let wide = [batch, len, self.heads, 2 * self.dim];
+        expect_shape("lrpe", "dout", letters, wide, dout.shape())?;
+        expect_shape("lrpe", "dx", letters, [batch, len, self.heads, self.dim], dx.shape())?;
+        last_position("lrpe", "offset", offset, len)?;
+        let job = LrpeRows { x: dout, out: dx, theta: &self.theta, offset, back: true };
+        rt.run(Divided(rt, job));
+        Ok(())
+    }
+
     /// A checked call.
     pub(super) fn run(
         &self,
@@ -85,8 +110,7 @@ impl Lrpe {
         offset: usize,
         out: ViewMut<'_, f32, 4>,
     ) {
-        let theta = &self.theta;
-        let job = LrpeRows { x, out, theta, offset };
+        let job = LrpeRows { x, out, theta: &self.theta, offset, back: false };
         rt.run(Divided(rt, job));
     }
 }
@@ -176,14 +200,43 @@ impl Rope {
         positions: Positions<'_>,
         out: ViewMut<'_, f32, 4>,
     ) -> Result<()> {
+        self.turn(rt, ["x", "out"], x, positions, out, false)
+    }
+
+    /// The gradient of a sum `<dout, out>` for the input: pairs of `dout` turn back by the angles of their positions,
+    /// and the rest passes unchanged. It is overwritten and does not depend on `x`.
+    ///
+    /// `dout`, `dx`: `[batch, len, heads, dim]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); `dx` is untouched then.
+    pub fn backward(
+        &self,
+        rt: &Runtime,
+        positions: Positions<'_>,
+        dout: View<'_, f32, 4>,
+        dx: ViewMut<'_, f32, 4>,
+    ) -> Result<()> {
+        self.turn(rt, ["dout", "dx"], dout, positions, dx, true)
+    }
+
+    fn turn(
+        &self,
+        rt: &Runtime,
+        [from, to]: [&'static str; 2],
+        x: View<'_, f32, 4>,
+        positions: Positions<'_>,
+        out: ViewMut<'_, f32, 4>,
+        back: bool,
+    ) -> Result<()> {
         let [_, len, _, dim] = x.shape();
         let rot = 2 * self.freq.len();
         if dim < rot {
             let expected = alloc::format!("heads of at least {rot} elements");
-            return Err(Error::shape("rope", "x", expected, x.shape()));
+            return Err(Error::shape("rope", from, expected, x.shape()));
         }
         let letters = "[batch, len, heads, dim]";
-        expect_shape("rope", "out", letters, x.shape(), out.shape())?;
+        expect_shape("rope", to, letters, x.shape(), out.shape())?;
         let positions = match positions {
             Positions::From(start) => {
                 last_position("rope", "positions", start, len)?;
@@ -200,6 +253,7 @@ impl Rope {
             freq: &self.freq,
             interleaved: self.style == RopeStyle::Interleaved,
             positions,
+            back,
         };
         rt.run(Divided(rt, job));
         Ok(())
@@ -230,6 +284,7 @@ impl Divide for LrpeRows<'_> {
             out,
             theta: self.theta,
             offset: self.offset + from,
+            back: self.back,
         };
         (part(0, mid, near), part(mid, len, far))
     }
@@ -253,6 +308,7 @@ impl Divide for RopeRows<'_> {
                 Ok(at) => Ok(&at[from..to]),
                 Err(start) => Err(start + from),
             },
+            back: self.back,
         };
         (part(0, mid, near), part(mid, len, far))
     }

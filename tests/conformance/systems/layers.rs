@@ -6,7 +6,7 @@ use linattn::Result;
 use linattn::attention::State;
 use linattn::layers::{
     Activation, GatedLinearAttention, GlaConfig, Linear, Lrpe, MiniMaxConfig, MiniMaxLightning,
-    Norm, Positions, Rope, RopeStyle, Sglu, SgluConfig, TransNormerBlock,
+    Norm, NormGradients, Positions, Rope, RopeStyle, Sglu, SgluConfig, TransNormerBlock,
 };
 use linattn::tensor::{View, ViewMut};
 
@@ -59,23 +59,66 @@ pub fn lrpe(run: &Run<'_>) -> Result<()> {
     Ok(())
 }
 
-pub fn rope(run: &Run<'_>) -> Result<()> {
-    let x = run.case.tensor("in.x");
+/// The rotation of a case, and its explicit positions.
+fn rotation(run: &Run<'_>) -> Result<(Rope, Option<Vec<usize>>)> {
     let style = match run.case.text("style") {
         "interleaved" => RopeStyle::Interleaved,
         "half" => RopeStyle::Half,
         other => panic!("unknown style `{other}`"),
     };
     let rope = Rope::new(style, run.case.size("rot_dim"), run.case.number("base"))?;
-    let at = run.case.get("in.positions").map(|p| p.whole());
-    let positions = match &at {
+    Ok((rope, run.case.get("in.positions").map(|p| p.whole())))
+}
+
+fn positions<'a>(run: &Run<'_>, at: &'a Option<Vec<usize>>) -> Positions<'a> {
+    match at {
         Some(at) => Positions::At(at),
         None => Positions::From(run.case.size("start")),
-    };
+    }
+}
+
+pub fn rope(run: &Run<'_>) -> Result<()> {
+    let x = run.case.tensor("in.x");
+    let (rope, at) = rotation(run)?;
     let mut y = vec![f32::NAN; x.data.len()];
     let out = heads_first_mut(&mut y, x.shape());
-    rope.forward(run.rt, heads_first(&x.data, x.shape()), positions, out)?;
+    rope.forward(run.rt, heads_first(&x.data, x.shape()), positions(run, &at), out)?;
     run.check("y", &y);
+    Ok(())
+}
+
+pub fn srmsnorm_gradients(run: &Run<'_>) -> Result<()> {
+    let [x, dout] = ["in.x", "in.dout"].map(|name| run.case.tensor(name));
+    let width = *x.shape.last().expect("a dimension");
+    let shape = [x.data.len() / width, width];
+    let mut dx = vec![f32::NAN; x.data.len()];
+    let norm = Norm::simple_rms(run.case.number("eps") as f32)?;
+    let gradients = NormGradients { x: ViewMut::new(&mut dx, shape)?, weight: None, bias: None };
+    let [x, dout] = [View::new(&x.data, shape)?, View::new(&dout.data, shape)?];
+    norm.backward(run.rt, x, dout, gradients)?;
+    run.check("x", &dx);
+    Ok(())
+}
+
+pub fn lrpe_gradients(run: &Run<'_>) -> Result<()> {
+    let dout = run.case.tensor("in.dout");
+    let [b, h, n, wide] = dout.shape();
+    let mut dx = vec![f32::NAN; dout.data.len() / 2];
+    let out = heads_first_mut(&mut dx, [b, h, n, wide / 2]);
+    let dout = heads_first(&dout.data, [b, h, n, wide]);
+    theta(run, "w.theta")?.backward(run.rt, run.case.size("offset"), dout, out)?;
+    run.check("x", &dx);
+    Ok(())
+}
+
+pub fn rope_gradients(run: &Run<'_>) -> Result<()> {
+    let dout = run.case.tensor("in.dout");
+    let (rope, at) = rotation(run)?;
+    let mut dx = vec![f32::NAN; dout.data.len()];
+    let out = heads_first_mut(&mut dx, dout.shape());
+    let dout = heads_first(&dout.data, dout.shape());
+    rope.backward(run.rt, positions(run, &at), dout, out)?;
+    run.check("x", &dx);
     Ok(())
 }
 

@@ -74,7 +74,12 @@ const SYSTEMS: &[(&str, System)] = &[
 ];
 
 /// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
-const GRADIENTS: &[(&str, System)] = &[];
+const GRADIENTS: &[(&str, System)] = &[
+    ("depthwise_conv2d", vision_ops::depthwise_gradients),
+    ("lrpe", layers::lrpe_gradients),
+    ("rope", layers::rope_gradients),
+    ("srmsnorm", layers::srmsnorm_gradients),
+];
 
 /// The function that computes the gradients of a system, if there is one.
 pub fn gradients(name: &str) -> Option<System> {

@@ -7,7 +7,7 @@ use linattn::Result;
 use linattn::attention::Scale;
 use linattn::attention::agent::{AgentAttention, AgentExtra};
 use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention, Normaliser};
-use linattn::layers::{DepthwiseConfig, DepthwiseConv2d};
+use linattn::layers::{DepthwiseConfig, DepthwiseConv2d, DepthwiseGradients};
 use linattn::tensor::{View, ViewMut};
 
 pub fn agent(run: &Run<'_>) -> Result<()> {
@@ -53,24 +53,48 @@ pub fn channels_first(data: &[f32], [b, c, h, w]: [usize; 4]) -> Vec<f32> {
     all.collect()
 }
 
-pub fn depthwise(run: &Run<'_>) -> Result<()> {
-    let case = run.case;
-    let (x, weight) = (case.tensor("in.x"), case.tensor("w.weight"));
-    let ([b, c, h, w], bias) = (x.shape(), case.get("w.bias").map(|t| &t.data[..]));
-    let padding = case.key("padding").as_array().expect("a list");
-    let padding = [0, 1].map(|d| padding[d].as_u64().expect("a number") as usize);
-    let stride = match case.key("stride").as_array() {
+/// The convolution of a case.
+fn convolution(run: &Run<'_>) -> Result<DepthwiseConv2d> {
+    let (case, weight) = (run.case, run.case.tensor("w.weight"));
+    let pair = |name| match case.key(name).as_array() {
         Some(list) => [0, 1].map(|d| list[d].as_u64().expect("a number") as usize),
-        None => [case.size("stride"); 2],
+        None => [case.size(name); 2],
     };
-    let weight = View::new(&weight.data, weight.shape())?;
-    let conv = DepthwiseConv2d::new(weight, bias, DepthwiseConfig { padding, stride })?;
+    let config = DepthwiseConfig { padding: pair("padding"), stride: pair("stride") };
+    let bias = case.get("w.bias").map(|t| &t.data[..]);
+    DepthwiseConv2d::new(View::new(&weight.data, weight.shape())?, bias, config)
+}
+
+pub fn depthwise(run: &Run<'_>) -> Result<()> {
+    let (x, conv) = (run.case.tensor("in.x"), convolution(run)?);
+    let [b, c, h, w] = x.shape();
     let [rows, columns] = conv.output_size([h, w]).expect("a window that fits");
     let mut out = vec![f32::NAN; b * rows * columns * c];
     let x = channels_last(&x.data, x.shape());
     let target = ViewMut::new(&mut out, [b, rows, columns, c])?;
     conv.forward(run.rt, View::new(&x, [b, h, w, c])?, target)?;
     run.check("out", &channels_first(&out, [b, c, rows, columns]));
+    Ok(())
+}
+
+pub fn depthwise_gradients(run: &Run<'_>) -> Result<()> {
+    let [x, dout, weight] = ["in.x", "in.dout", "w.weight"].map(|name| run.case.tensor(name));
+    let ([b, c, h, w], [_, _, rows, columns]) = (x.shape(), dout.shape::<4>());
+    let conv = convolution(run)?;
+    let mut dx = vec![f32::NAN; x.data.len()];
+    let mut dw = vec![f32::NAN; weight.data.len()];
+    let mut db = vec![f32::NAN; conv.kernels()];
+    let gradients = DepthwiseGradients {
+        x: ViewMut::new(&mut dx, [b, h, w, c])?,
+        weight: Some(ViewMut::new(&mut dw, weight.shape())?),
+        bias: Some(&mut db),
+    };
+    let [x, dout] = [x, dout].map(|t| channels_last(&t.data, t.shape()));
+    let [x, dout] = [View::new(&x, [b, h, w, c])?, View::new(&dout, [b, rows, columns, c])?];
+    conv.backward(run.rt, x, dout, gradients)?;
+    run.check("x", &channels_first(&dx, [b, c, h, w]));
+    run.check("weight", &dw);
+    run.check("bias", &db);
     Ok(())
 }
 

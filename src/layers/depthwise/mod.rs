@@ -1,5 +1,9 @@
 //! Depth-wise convolution of channel-last maps.
 
+mod backward;
+
+pub use backward::DepthwiseGradients;
+
 use super::maps::maps;
 use crate::error::{Error, Result, expect_shape};
 use crate::kernels::depthwise::{Depthwise, Kernels};

@@ -1,5 +1,9 @@
 //! Norms over the last dimension.
 
+mod backward;
+
+pub use backward::NormGradients;
+
 use super::rows::rows;
 use crate::error::{Error, Result, expect_shape};
 use crate::kernels::norm::{GatedNorm, LayerNorm, RmsNorm, ScaleNorm};
@@ -122,14 +126,7 @@ impl Norm {
         match self.kind {
             Kind::Rms => rows(rt, self.kernel(), [x], out),
             Kind::Scale(factor) => rows(rt, ScaleNorm { factor, eps: self.eps }, [x], out),
-            Kind::Layer => {
-                let op = LayerNorm {
-                    eps: self.eps,
-                    weight: self.weight.as_ref().map(Tensor::as_slice),
-                    bias: self.bias.as_ref().map(Tensor::as_slice),
-                };
-                rows(rt, op, [x], out);
-            }
+            Kind::Layer => rows(rt, self.layer_kernel(), [x], out),
         }
     }
 
@@ -144,6 +141,14 @@ impl Norm {
         debug_assert_eq!(self.kind, Kind::Rms);
         let norm = self.kernel();
         rows(rt, GatedNorm { norm, sigmoid }, [gate], x);
+    }
+
+    fn layer_kernel(&self) -> LayerNorm<'_> {
+        LayerNorm {
+            eps: self.eps,
+            weight: self.weight.as_ref().map(Tensor::as_slice),
+            bias: self.bias.as_ref().map(Tensor::as_slice),
+        }
     }
 
     fn kernel(&self) -> RmsNorm<'_> {
