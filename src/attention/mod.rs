@@ -12,6 +12,7 @@ pub mod linear;
 mod mask;
 pub mod merge;
 pub mod mixed_chunk;
+mod pairs;
 pub mod performer;
 pub mod quadratic;
 mod scale;

@@ -22,6 +22,7 @@ pub mod mixed_chunk;
 pub mod norm;
 pub mod norm_backward;
 pub mod packed;
+pub mod pairs;
 pub mod pool;
 pub mod quadratic;
 pub mod recurrence;

@@ -167,6 +167,14 @@ impl<'a, T> View<'a, T, 3> {
 }
 
 impl<'a, T> View<'a, T, 2> {
+    /// The same as the only matrix of an array of matrices.
+    #[must_use]
+    pub fn alone(self) -> View<'a, T, 3> {
+        let ([rows, width], [outer, inner]) = (self.layout.shape, self.layout.strides);
+        let layout = Layout { shape: [1, rows, width], strides: [0, outer, inner] };
+        View { data: self.data, layout }
+    }
+
     /// The memory from the first element on, and the distance between rows.
     #[inline(always)]
     #[must_use]

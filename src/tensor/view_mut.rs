@@ -199,9 +199,28 @@ impl<'a, T> ViewMut<'a, T, 4> {
 }
 
 impl<'a, T> ViewMut<'a, T, 3> {
+    /// The matrix of the last two dimensions at `i`. Panics outside of the shape.
+    #[must_use]
+    pub fn matrix_at(self, i: usize) -> ViewMut<'a, T, 2> {
+        let one = self.slice(0, i, i + 1);
+        let ([_, rows, width], [_, outer, inner]) = (one.layout.shape, one.layout.strides);
+        let layout = Layout { shape: [rows, width], strides: [outer, inner] };
+        ViewMut { ptr: one.ptr, layout, life: PhantomData }
+    }
+
     /// As [`View::regroup`].
     pub fn regroup(self, b: usize) -> Result<ViewMut<'a, T, 3>> {
         Ok(ViewMut { ptr: self.ptr, layout: self.layout.regrouped(b)?, life: PhantomData })
+    }
+}
+
+impl<'a, T> ViewMut<'a, T, 2> {
+    /// The same as the only matrix of an array of matrices.
+    #[must_use]
+    pub fn alone(self) -> ViewMut<'a, T, 3> {
+        let ([rows, width], [outer, inner]) = (self.layout.shape, self.layout.strides);
+        let layout = Layout { shape: [1, rows, width], strides: [0, outer, inner] };
+        ViewMut { ptr: self.ptr, layout, life: PhantomData }
     }
 }
 

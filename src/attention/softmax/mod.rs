@@ -1,5 +1,6 @@
 //! Softmax attention, exact, in memory that does not grow with the product of the lengths.
 
+mod backward;
 mod job;
 pub mod naive;
 mod tiled;
@@ -116,27 +117,10 @@ impl SoftmaxAttention {
         out: ViewMut<'_, E, 4>,
         extra: Extra<'_>,
     ) -> Result<()> {
-        let [batch, lq, heads, dk] = q.shape();
-        let [_, lk, kv_heads, _] = k.shape();
-        let [.., dv] = v.shape();
-        let letters = "[batch, lk, kv_heads, dk]";
-        expect_shape(OP, "k", letters, [batch, lk, kv_heads, dk], k.shape())?;
-        let fits = if kv_heads == 0 { heads == 0 } else { heads % kv_heads == 0 };
-        if !fits {
-            let expected = alloc::format!("a number of kv_heads that divides {heads} heads");
-            return Err(Error::shape(OP, "k", expected, k.shape()));
-        }
-        let letters = "[batch, lk, kv_heads, dv]";
-        expect_shape(OP, "v", letters, [batch, lk, kv_heads, dv], v.shape())?;
+        check([q, k, v], &extra)?;
+        let ([batch, lq, heads, dk], [_, lk, _, dv]) = (q.shape(), v.shape());
         let letters = "[batch, lq, heads, dv]";
         expect_shape(OP, "out", letters, [batch, lq, heads, dv], out.shape())?;
-        if let Some(mask) = extra.key_mask {
-            expect_shape(OP, "key_mask", "[batch, lk]", [batch, lk], mask.shape())?;
-        }
-        if let Some(bias) = extra.bias {
-            let letters = "[heads, lq, lk]";
-            expect_shape(OP, "bias", letters, [heads, lq, lk], bias.shape())?;
-        }
         if batch == 0 || lq == 0 || heads == 0 || dv == 0 {
             return Ok(());
         }
@@ -148,4 +132,26 @@ impl SoftmaxAttention {
     pub fn scratch_bytes(&self, rt: &Runtime, dk: usize, dv: usize) -> usize {
         tiled::scratch_bytes(rt, dk, dv)
     }
+}
+
+/// Refuses inputs that do not belong together.
+fn check<E: Element>([q, k, v]: [View<'_, E, 4>; 3], extra: &Extra<'_>) -> Result<()> {
+    let ([batch, lq, heads, dk], [_, lk, kv_heads, _]) = (q.shape(), k.shape());
+    let [.., dv] = v.shape();
+    let letters = "[batch, lk, kv_heads, dk]";
+    expect_shape(OP, "k", letters, [batch, lk, kv_heads, dk], k.shape())?;
+    let fits = if kv_heads == 0 { heads == 0 } else { heads % kv_heads == 0 };
+    if !fits {
+        let expected = alloc::format!("a number of kv_heads that divides {heads} heads");
+        return Err(Error::shape(OP, "k", expected, k.shape()));
+    }
+    let letters = "[batch, lk, kv_heads, dv]";
+    expect_shape(OP, "v", letters, [batch, lk, kv_heads, dv], v.shape())?;
+    if let Some(mask) = extra.key_mask {
+        expect_shape(OP, "key_mask", "[batch, lk]", [batch, lk], mask.shape())?;
+    }
+    if let Some(bias) = extra.bias {
+        expect_shape(OP, "bias", "[heads, lq, lk]", [heads, lq, lk], bias.shape())?;
+    }
+    Ok(())
 }

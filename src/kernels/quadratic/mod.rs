@@ -8,6 +8,7 @@ mod block;
 pub use block::{FEW, Finish, KEYS, KeyBlock, QuadraticShape, QuadraticWork, ROWS};
 
 use super::attend::{Plain, dots};
+use super::rows::{Map, map};
 use super::staging::stage;
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row, math,
@@ -40,11 +41,25 @@ impl ScoreActivation {
             ScoreActivation::Laplace => 0.5 * (1.0 + libm::erf((x - MU) * STEEP)),
         }
     }
+
+    /// The derivative at one value, in `f64`.
+    #[must_use]
+    pub fn slope(self, x: f64) -> f64 {
+        match self {
+            ScoreActivation::Relu2 => 2.0 * x.max(0.0),
+            ScoreActivation::Laplace => {
+                let at = (x - MU) * STEEP;
+                core::f64::consts::SQRT_2 * libm::exp(-at * at)
+            }
+        }
+    }
 }
 
 /// An activation as a type, so that loops over scores have no branch.
 trait Act: Copy {
     fn at<L: Lanes>(self, l: L, x: L::F) -> L::F;
+    /// The derivative.
+    fn slope<L: Lanes>(self, l: L, x: L::F) -> L::F;
 }
 
 #[derive(Clone, Copy)]
@@ -54,6 +69,10 @@ impl Act for Relu2 {
     fn at<L: Lanes>(self, l: L, x: L::F) -> L::F {
         let x = l.select(l.lt(x, l.zero()), l.zero(), x);
         l.mul(x, x)
+    }
+    #[inline(always)]
+    fn slope<L: Lanes>(self, l: L, x: L::F) -> L::F {
+        l.select(l.lt(x, l.zero()), l.zero(), l.add(x, x))
     }
 }
 
@@ -65,6 +84,47 @@ impl Act for Laplace {
         let at = l.mul(l.sub(x, l.splat(MU as f32)), l.splat(STEEP as f32));
         let half = l.splat(0.5);
         l.mul_add(math::erf(l, at), half, half)
+    }
+    #[inline(always)]
+    fn slope<L: Lanes>(self, l: L, x: L::F) -> L::F {
+        let at = l.mul(l.sub(x, l.splat(MU as f32)), l.splat(STEEP as f32));
+        let bell = math::exp(l, l.neg_mul_add(at, at, l.zero()));
+        l.mul(bell, l.splat(core::f32::consts::SQRT_2))
+    }
+}
+
+/// `dp act'(x)`
+#[derive(Clone, Copy)]
+struct Slope<A>(A);
+impl<L: Lanes, A: Act> Map<L, 1> for Slope<A> {
+    #[inline(always)]
+    fn apply(self, l: L, dp: L::F, [x]: [L::F; 1]) -> L::F {
+        l.mul(dp, self.0.slope(l, x))
+    }
+}
+
+/// `act(x)`
+#[derive(Clone, Copy)]
+struct Weight<A>(A);
+impl<L: Lanes, A: Act> Map<L, 0> for Weight<A> {
+    #[inline(always)]
+    fn apply(self, l: L, x: L::F, []: [L::F; 0]) -> L::F {
+        self.0.at(l, x)
+    }
+}
+
+/// `dp <- act'(x) dp`, `x <- act(x)`
+#[inline(always)]
+pub(crate) fn slope_row<L: Lanes>(l: L, act: ScoreActivation, x: &mut [f32], dp: &mut [f32]) {
+    match act {
+        ScoreActivation::Relu2 => {
+            map(l, Slope(Relu2), [&*x], dp);
+            map(l, Weight(Relu2), [], x);
+        }
+        ScoreActivation::Laplace => {
+            map(l, Slope(Laplace), [&*x], dp);
+            map(l, Weight(Laplace), [], x);
+        }
     }
 }
 
@@ -80,7 +140,7 @@ pub struct Bias<'a> {
 impl<'a> Bias<'a> {
     /// What the query at position `i` adds to keys from position `j` on, of the table and of the matrix.
     #[inline(always)]
-    fn rows(&self, i: usize, j: usize) -> [Option<&'a [f32]>; 2] {
+    pub(crate) fn rows(&self, i: usize, j: usize) -> [Option<&'a [f32]>; 2] {
         let table = self.table.map(|t| &t[t.len() / 2 + j - i..]);
         [table, self.matrix.map(|m| &m.row([i, 0])[j..])]
     }

@@ -79,6 +79,7 @@ const GRADIENTS: &[(&str, System)] = &[
     ("lrpe", layers::lrpe_gradients),
     ("rope", layers::rope_gradients),
     ("srmsnorm", layers::srmsnorm_gradients),
+    ("softmax_attention", softmax::attention_gradients),
 ];
 
 /// The function that computes the gradients of a system, if there is one.

@@ -1,0 +1,243 @@
+//! Gradients of attention, block of queries by block of queries.
+//!
+//! ```text
+//! X = scale Q K^T + factor b      P = link(X)      O = P V
+//! dP = dO V^T      dX = link'(X) dP      dQ = scale dX K      dK = scale dX^T Q      dV = P^T dO
+//! ```
+//!
+//! Whole rows of `X` and `dP` of a block of queries are held, so that weights are exact without running maxima, and
+//! memory is linear in the number of keys. Every sum goes through blocks of queries in order.
+//!
+//! `Q` `[lq, dk]`, `K` `[lk, dk]`, `V` `[lk, dv]`, `dO` `[lq, dv]`; `X`, `P` and their gradients `[ROWS, lk]`.
+
+mod careful;
+mod rule;
+
+pub use rule::{BiasGrads, Link, PairRule};
+
+use super::gemm::{Gemm, Pack, gemm, gemm_bytes, matmul, matmul_bytes, rows};
+use super::quadratic::stride;
+use super::staging::finite_rows;
+use super::store::{Keep, Store};
+use crate::scratch::{Cut, bytes_of};
+use crate::simd::{Backend, Kernel, Left, Order, Source, Tiles};
+use crate::tensor::{View, ViewMut};
+use rule::LinkRows;
+
+/// Queries of a block.
+pub const ROWS: usize = 96;
+
+type Elem<B> = <<B as Backend>::T as Tiles>::Elem;
+type ScoreElem<B> = <<B as Backend>::S as Tiles>::Elem;
+
+/// Sizes of a head, the largest ones if they differ.
+#[derive(Clone, Copy, Debug)]
+pub struct PairShape {
+    /// Queries.
+    pub lq: usize,
+    /// Keys.
+    pub lk: usize,
+    /// Width of queries and keys.
+    pub dk: usize,
+    /// Width of values.
+    pub dv: usize,
+}
+
+impl PairShape {
+    /// Rows of a block.
+    fn rows(&self) -> usize {
+        self.lq.min(ROWS)
+    }
+
+    /// Floats of scores; packed keys for scores; packed values and keys; bytes of products.
+    fn lens<B: Backend>(&self) -> (usize, usize, [usize; 2], usize) {
+        let Self { lq, lk, dk, dv } = *self;
+        let m = self.rows();
+        // The last block may be shallower, which may take more room.
+        let deep = [m, lq % ROWS]
+            .into_iter()
+            .filter(|m| *m > 0)
+            .flat_map(|m| [matmul_bytes::<B::T>(lk, m, dk), matmul_bytes::<B::T>(lk, m, dv)]);
+        let products = [
+            gemm_bytes::<B::S>(m, dk),
+            gemm_bytes::<B::T>(m, dv),
+            // Fewer keys may be seen, in blocks of more rows.
+            bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(m, lk.min(B::T::DEPTH))),
+            gemm_bytes::<B::T>(m, lk),
+            deep.max().unwrap_or(0),
+        ];
+        (
+            m * stride(lk),
+            B::S::right_len(dk, lk),
+            [B::T::right_len(dv, lk), B::T::right_len(lk, dk)],
+            products.into_iter().max().unwrap_or(0),
+        )
+    }
+
+    /// Bytes of a [`PairWork`].
+    #[must_use]
+    pub fn bytes<B: Backend>(&self) -> usize {
+        let (scores, keys, packed, products) = self.lens::<B>();
+        2 * bytes_of::<f32>(scores)
+            + bytes_of::<ScoreElem<B>>(keys)
+            + packed.map(bytes_of::<Elem<B>>).iter().sum::<usize>()
+            + bytes_of::<usize>(self.lk)
+            + bytes_of::<u8>(products)
+    }
+}
+
+/// Keys and values of one head in the forms that products read, and room for a block of queries.
+pub struct PairWork<'a, B: Backend> {
+    scores: &'a mut [f32],
+    dp: &'a mut [f32],
+    /// `K^T` for scores, `V^T` and `K`.
+    score_keys: &'a mut [ScoreElem<B>],
+    values: &'a mut [Elem<B>],
+    keys: &'a mut [Elem<B>],
+    list: &'a mut [usize],
+    products: &'a mut [u8],
+    finite: bool,
+}
+
+impl<B: Backend> core::fmt::Debug for PairWork<'_, B> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("PairWork").finish_non_exhaustive()
+    }
+}
+
+/// Whether all elements are finite, entered as one kernel.
+struct Finite<'a>(View<'a, f32, 2>);
+impl<B: Backend> Kernel<B> for Finite<'_> {
+    type Output = bool;
+    #[inline(always)]
+    fn run(self, b: B) -> bool {
+        finite_rows(b, self.0, [0, self.0.shape()[0]])
+    }
+}
+
+/// What goes into the gradients of one head of queries.
+#[derive(Clone, Copy, Debug)]
+pub struct PairInputs<'a> {
+    /// `[lq, dk]`
+    pub q: View<'a, f32, 2>,
+    /// `[lk, dk]`
+    pub k: View<'a, f32, 2>,
+    /// `[lk, dv]`
+    pub v: View<'a, f32, 2>,
+    /// `[lq, dv]`
+    pub dout: View<'a, f32, 2>,
+}
+
+/// Where the gradients of one head go.
+#[derive(Debug)]
+pub struct PairGrads<'a> {
+    /// `[lq, dk]`, overwritten.
+    pub dq: ViewMut<'a, f32, 2>,
+    /// `[lk, dk]`, added to.
+    pub dk: ViewMut<'a, f32, 2>,
+    /// `[lk, dv]`, added to.
+    pub dv: ViewMut<'a, f32, 2>,
+    /// Added to.
+    pub bias: BiasGrads<'a>,
+}
+
+impl<'a, B: Backend> PairWork<'a, B> {
+    /// Cuts the buffers off `cut`.
+    pub fn new(shape: PairShape, cut: &mut Cut<'a>) -> Self {
+        let (scores, keys, packed, products) = shape.lens::<B>();
+        let [scores, dp] = [scores; 2].map(|n| cut.take(n));
+        let score_keys = cut.take(keys);
+        let [values, keys] = packed.map(|n| cut.take(n));
+        let (list, products) = (cut.take(shape.lk), cut.take(products));
+        Self { scores, dp, score_keys, values, keys, list, products, finite: true }
+    }
+
+    /// Packs the keys and values of a head; they may be used by any number of heads of queries.
+    pub fn pack(&mut self, b: B, k: View<'_, f32, 2>, v: View<'_, f32, 2>) {
+        let ([lk, dk], dv) = (k.shape(), v.shape()[1]);
+        let ((keys, k_stride), (values, v_stride)) = (k.parts(), v.parts());
+        let src = Source::Columns(keys, k_stride);
+        b.call(Pack { tiles: b.scores(), src, k: dk, n: lk, dst: &mut *self.score_keys });
+        let src = Source::Columns(values, v_stride);
+        b.call(Pack { tiles: b.tiles(), src, k: dv, n: lk, dst: &mut *self.values });
+        let src = Source::Rows(keys, k_stride);
+        b.call(Pack { tiles: b.tiles(), src, k: lk, n: dk, dst: &mut *self.keys });
+        self.finite = b.call(Finite(k)) && b.call(Finite(v));
+    }
+
+    /// The gradients of one head of queries against the keys that are packed.
+    pub fn backward(&mut self, b: B, rule: &PairRule<'_>, x: PairInputs<'_>, to: PairGrads<'_>) {
+        let (lq, lk) = (x.q.shape()[0], x.k.shape()[0]);
+        if !(self.finite && b.call(Finite(x.q)) && b.call(Finite(x.dout))) {
+            return careful::backward(b, self, rule, x, to);
+        }
+        let PairGrads { mut dq, mut dk, mut dv, mut bias } = to;
+        for first in (0..lq).step_by(ROWS) {
+            let end = lq.min(first + ROWS);
+            let x =
+                PairInputs { q: x.q.slice(0, first, end), dout: x.dout.slice(0, first, end), ..x };
+            let width = rule.seen(end - 1, lk);
+            let mut dq = dq.reborrow().slice(0, first, end);
+            if width == 0 {
+                (0..end - first).for_each(|r| dq.row_mut([r, 0]).fill(0.0));
+                continue;
+            }
+            let dk = dk.reborrow().slice(0, 0, width);
+            let dv = dv.reborrow().slice(0, 0, width);
+            let to = PairGrads { dq, dk, dv, bias: bias.reborrow() };
+            self.block(b, rule, x, to, [first, width]);
+        }
+    }
+
+    /// The queries from `first` on, which see no key from `width` on.
+    fn block(
+        &mut self,
+        b: B,
+        rule: &PairRule<'_>,
+        x: PairInputs<'_>,
+        to: PairGrads<'_>,
+        [first, width]: [usize; 2],
+    ) {
+        let PairInputs { q, k, v, dout } = x;
+        let ([m, s], [lk, e], t) = (q.shape(), v.shape(), b.tiles());
+        let (stride, scale) = (stride(width), rule.scale);
+        let products = &mut *self.products;
+        debug_assert_eq!(k.shape(), [lk, s]);
+        let right = B::S::right(&*self.score_keys, s);
+        let store = Store::new(square(self.scores, [m, width], stride));
+        let product = Gemm { m, k: s, n: width, left: rows(q), right, store };
+        gemm(b, b.scores(), product, &mut Cut::new(&mut *products));
+        let right = B::T::right(&*self.values, e);
+        let store = Store::new(square(self.dp, [m, width], stride));
+        let product = Gemm { m, k: e, n: width, left: rows(dout), right, store };
+        gemm(b, t, product, &mut Cut::new(&mut *products));
+        b.call(LinkRows {
+            rule,
+            rows: [first, m],
+            width,
+            stride,
+            scores: &mut *self.scores,
+            dp: &mut *self.dp,
+            bias: to.bias,
+        });
+        let left = Left::new(&*self.dp, Order::Rows(stride));
+        let right = B::T::right(&*self.keys, lk);
+        let store = Store { alpha: scale, ..Store::new(to.dq) };
+        let product = Gemm { m, k: width, n: s, left, right, store };
+        gemm(b, t, product, &mut Cut::new(&mut *products));
+        let parts = [(&*self.dp, q, to.dk, scale), (&*self.scores, dout, to.dv, 1.0)];
+        for (data, src, out, alpha) in parts {
+            let left = Left::new(data, Order::Columns(stride));
+            let (data, row) = src.parts();
+            let store = Store { alpha, keep: Keep::All, ..Store::new(out) };
+            let sizes = [width, m, src.shape()[1]];
+            let cut = &mut Cut::new(&mut *products);
+            matmul(b, t, sizes, left, Source::Rows(data, row), store, cut);
+        }
+    }
+}
+
+/// A matrix whose rows lie `stride` apart.
+fn square(data: &mut [f32], shape: [usize; 2], stride: usize) -> ViewMut<'_, f32, 2> {
+    ViewMut::with_strides(data, shape, [stride, 1]).expect("planned size")
+}
