@@ -48,6 +48,11 @@ impl<'a> Cut<'a> {
         Self(block)
     }
 
+    /// The rest, for a user that gives it back.
+    pub fn reborrow(&mut self) -> Cut<'_> {
+        Cut(&mut *self.0)
+    }
+
     /// The next `len` elements, aligned to a cache line, with whatever values an earlier user left there.
     /// Panics if the block was planned too small.
     pub fn take<T: bytemuck::Pod>(&mut self, len: usize) -> &'a mut [T] {

@@ -6,6 +6,7 @@
 //! ```
 
 mod attention;
+mod backward;
 mod baselines;
 mod decode;
 mod flash;
@@ -26,7 +27,9 @@ enum What {
     /// Causal linear attention with decay, prefill.
     Lightning,
     /// The same, one token per call.
+    LightningBackward,
     LightningDecode,
+    LinearBackward,
     /// Zero tokens after live ones: `silent_prefill` and `silent_decode` are times relative to live tokens.
     Silence,
     /// Linear attention over all keys, elu + 1, normalised.
@@ -219,6 +222,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rt = builder.build()?;
     let outcome = match args.what {
         What::Lightning => attention::lightning(&args, &rt)?,
+        What::LightningBackward => backward::lightning(&args, &rt)?,
+        What::LinearBackward => backward::linear(&args, &rt)?,
         What::LightningDecode => decode::lightning_decode(&args, &rt)?,
         What::Silence => decode::silence(&args, &rt)?,
         What::LinearNoncausal => attention::linear_noncausal(&args, &rt)?,

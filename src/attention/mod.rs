@@ -4,6 +4,7 @@
 //! `[batch, len, heads, dim]` throughout; outer strides are free.
 
 pub mod agent;
+mod backward;
 mod cache;
 pub mod combiner;
 pub mod focused;
@@ -19,6 +20,7 @@ mod scale;
 pub mod softmax;
 mod state;
 
+pub use backward::{Gradients, Inputs};
 pub use cache::KvCache;
 pub use mask::Mask;
 pub use scale::Scale;

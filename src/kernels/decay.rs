@@ -98,9 +98,9 @@ pub struct DecayTable {
     forget: Vec<Forget>,
     /// Rows after which tiny elements of a state are due to be zeroed.
     period: usize,
-    /// `lambda^1, lambda^2, .. lambda^most`
+    /// `1, lambda^1, lambda^2, .. lambda^most`
     up: Vec<f32>,
-    /// `lambda^(most-1), .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
+    /// `lambda^most, .. lambda^1, 1`, then zeros: row `r` of the causal mask is a window of it.
     down: Vec<f32>,
 }
 
@@ -108,9 +108,9 @@ impl DecayTable {
     /// Tables for one head. `slope` is not NaN and not negative, `most` not zero.
     #[must_use]
     pub fn new(slope: f64, most: usize) -> Self {
-        let up: Vec<f32> = (1..=most).map(|j| power(slope, j)).collect();
-        let mut down: Vec<f32> = (0..most).rev().map(|j| power(slope, j)).collect();
-        down.resize(2 * most + 2 * crate::simd::PANEL, 0.0);
+        let up: Vec<f32> = (0..=most).map(|j| power(slope, j)).collect();
+        let mut down: Vec<f32> = up.iter().rev().copied().collect();
+        down.resize(2 * most + 1 + 2 * crate::simd::PANEL, 0.0);
         // An element that was 2^-100 or larger loses a factor 2^-8 in a period: between two flushes, a period and a
         // chunk apart, it stays normal, or else every chunk flushes.
         let period = 8.0 * core::f64::consts::LN_2 / slope;
@@ -123,35 +123,67 @@ impl DecayTable {
         }
     }
 
-    /// `lambda^(r+1)`, the weight of the incoming state in row `r`.
+    /// The powers of a recurrence that decays its state before it adds a token: `S <- lambda S + k v^T`, then
+    /// `o = q S`.
     #[must_use]
-    pub fn query(&self, rows: usize) -> &[f32] {
-        &self.up[..rows]
+    pub fn before(&self) -> Decay<'_> {
+        Decay { table: self, after: 0 }
     }
 
-    /// `lambda^(rows-1-r)`, the weight of row `r` in the outgoing state.
+    /// Those of one that decays its state after the token has read it: `S <- S + k v^T`, `o = q S`, then
+    /// `S <- lambda S`. Within a chunk both weigh alike, but this one takes over and leaves a state that is decayed
+    /// already.
     #[must_use]
-    pub fn key(&self, rows: usize) -> &[f32] {
-        &self.down[self.most - rows..self.most]
+    pub fn after(&self) -> Decay<'_> {
+        Decay { table: self, after: 1 }
+    }
+}
+
+/// A [`DecayTable`], read for a decay before or after each token.
+#[derive(Clone, Copy, Debug)]
+pub struct Decay<'a> {
+    table: &'a DecayTable,
+    /// 1 if the state decays after a token has read it.
+    after: usize,
+}
+
+impl<'a> Decay<'a> {
+    /// `lambda^(r+1)`, or `lambda^r`: the weight of the incoming state in row `r`.
+    #[must_use]
+    pub fn query(self, rows: usize) -> &'a [f32] {
+        &self.table.up[1 - self.after..][..rows]
+    }
+
+    /// `lambda^(rows-1-r)`, or `lambda^(rows-r)`: the weight of row `r` in the outgoing state.
+    #[must_use]
+    pub fn key(self, rows: usize) -> &'a [f32] {
+        &self.table.down[self.table.most + 1 - self.after - rows..][..rows]
     }
 
     /// `lambda^(row-c)` for columns `c = from, from + 1, ..`, zero for `c > row`.
     #[inline(always)]
     #[must_use]
-    pub fn mask(&self, row: usize, from: usize) -> &[f32] {
-        &self.down[self.most - 1 - row + from..]
+    pub fn mask(self, row: usize, from: usize) -> &'a [f32] {
+        &self.table.down[self.table.most - row + from..]
     }
 
     /// Whether tiny elements of the state are to be zeroed after rows `at .. at + rows`: often enough that a decaying
     /// state never reaches the subnormals.
     #[must_use]
-    pub fn flush_due(&self, at: usize, rows: usize) -> bool {
-        (at + rows) / self.period != at / self.period
+    pub fn flush_due(self, at: usize, rows: usize) -> bool {
+        (at + rows) / self.table.period != at / self.table.period
     }
 
-    /// What `rows` steps forget; between 1 and the `most` of [`new`](Self::new).
+    /// What `rows` steps forget; between 1 and the `most` of [`DecayTable::new`].
     #[must_use]
-    pub fn forget(&self, rows: usize) -> Forget {
-        self.forget[rows - 1]
+    pub fn forget(self, rows: usize) -> Forget {
+        self.table.forget[rows - 1]
+    }
+
+    /// What is forgotten before and after a single token is added and read.
+    #[must_use]
+    pub fn around(self) -> [Forget; 2] {
+        let (none, one) = (Forget::Scale(1.0), self.forget(1));
+        if self.after == 1 { [none, one] } else { [one, none] }
     }
 }

@@ -115,11 +115,12 @@ impl<const N: usize> Layout<N> {
     #[must_use]
     pub fn is_contiguous(&self) -> bool {
         let mut len = 1;
-        (0..N).rev().all(|d| {
-            let fits = self.shape[d] <= 1 || self.strides[d] == len;
-            len *= self.shape[d];
-            fits
-        })
+        self.is_empty()
+            || (0..N).rev().all(|d| {
+                let fits = self.shape[d] <= 1 || self.strides[d] == len;
+                len *= self.shape[d];
+                fits
+            })
     }
 
     /// The dimensions in another order; the innermost must stay innermost (or have one element).

@@ -1,7 +1,10 @@
-//! Gradients against their definitions in `f64`, and those against differences of what is computed forward.
+//! The gradients of every mechanism against the definition differentiated by hand, in `f64`, which is compared with
+//! differences of the definition itself.
 
 #[path = "../support/laid.rs"]
 mod laid;
+#[path = "../support/lightning.rs"]
+mod lightning_problem;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -9,5 +12,10 @@ mod difference;
 
 mod depthwise;
 mod feature_map;
+mod lightning;
+mod linear;
 mod norm;
 mod rotary;
+
+/// Relative L2 distance of correct `f32` gradients from the definition.
+const F32: f64 = 3e-6;

@@ -1,8 +1,9 @@
 //! Lightning Attention-2: causal linear attention with one decay per head.
 
+pub(super) mod backward;
 pub mod naive;
 mod slopes;
-mod task;
+pub(super) mod task;
 
 pub use slopes::SlopeSchedule;
 
@@ -111,7 +112,7 @@ impl LightningAttention {
         out: ViewMut<'_, E, 4>,
         state: &mut State,
     ) -> Result<()> {
-        let [batch, len, ..] = self.check([q, k, v], &out)?;
+        let [batch, len, ..] = self.check([q, k, v], out.shape())?;
         let [.., dk] = q.shape();
         let [.., dv] = v.shape();
         state.expect(OP, [batch, self.heads(), dk, dv])?;
@@ -140,15 +141,8 @@ impl LightningAttention {
         cu_seqlens: &[usize],
         state: &mut State,
     ) -> Result<()> {
-        let [batch, len, ..] = self.check([q, k, v], &out)?;
-        if batch != 1 {
-            return Err(Error::value(OP, "batch", "1 for packed sequences", batch));
-        }
-        let rises = cu_seqlens.windows(2).all(|w| w[0] <= w[1]);
-        if !rises || cu_seqlens.first() != Some(&0) || cu_seqlens.last() != Some(&len) {
-            let expected = alloc::format!("rising from 0 to {len}");
-            return Err(Error::value(OP, "cu_seqlens", expected, alloc::format!("{cu_seqlens:?}")));
-        }
+        let [_, len, ..] = self.check([q, k, v], out.shape())?;
+        Self::check_packed(q.shape(), cu_seqlens)?;
         let ([.., dk], [.., dv]) = (q.shape(), v.shape());
         state.expect(OP, [cu_seqlens.len() - 1, self.heads(), dk, dv])?;
         state.room(OP, len)?;
@@ -168,10 +162,22 @@ impl LightningAttention {
         task::scratch_bytes(rt, self, dk, dv)
     }
 
+    fn check_packed([batch, len, ..]: [usize; 4], cu_seqlens: &[usize]) -> Result<()> {
+        if batch != 1 {
+            return Err(Error::value(OP, "batch", "1 for packed sequences", batch));
+        }
+        let rises = cu_seqlens.windows(2).all(|w| w[0] <= w[1]);
+        if !rises || cu_seqlens.first() != Some(&0) || cu_seqlens.last() != Some(&len) {
+            let expected = alloc::format!("rising from 0 to {len}");
+            return Err(Error::value(OP, "cu_seqlens", expected, alloc::format!("{cu_seqlens:?}")));
+        }
+        Ok(())
+    }
+
     fn check<E: Element>(
         &self,
         [q, k, v]: [View<'_, E, 4>; 3],
-        out: &ViewMut<'_, E, 4>,
+        out: [usize; 4],
     ) -> Result<[usize; 4]> {
         let [batch, len, heads, dk] = q.shape();
         let letters = "[batch, len, heads, dim]";
@@ -181,7 +187,7 @@ impl LightningAttention {
         }
         expect_shape(OP, "k", letters, [batch, len, heads, dk], k.shape())?;
         expect_shape(OP, "v", letters, [batch, len, heads, v.shape()[3]], v.shape())?;
-        expect_shape(OP, "out", letters, v.shape(), out.shape())?;
+        expect_shape(OP, "out", letters, v.shape(), out)?;
         Ok(q.shape())
     }
 }

@@ -6,7 +6,10 @@
 
 use super::LightningAttention;
 use crate::error::Result;
-use crate::kernels::chunk::{Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Workspace};
+use crate::kernels::ahead::Ahead;
+use crate::kernels::chunk::{
+    Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Turned, Workspace,
+};
 use crate::kernels::decay::{DecayTable, Forget};
 use crate::kernels::recurrence::Step;
 use crate::runtime::{Divide, Runtime};
@@ -31,6 +34,9 @@ struct Job<'a, E> {
     /// The hint for the number of rows in a chunk.
     chunk: Option<usize>,
     scale: f32,
+    /// Factors of `q`, `k` and `v` in a call that reads from the last token to the first and lets the state decay
+    /// after each of them; `scale` is 1 then.
+    turned: Option<[f32; 3]>,
     by_batch: bool,
 }
 
@@ -45,7 +51,7 @@ impl<'a, E: Element> Job<'a, E> {
             q: self.q.head(b, h),
             k: self.k.head(b, h),
             v: self.v.head(b, h),
-            decay: &self.tables[h],
+            decay: self.tables[h].before(),
             scale: self.scale,
         }
     }
@@ -55,9 +61,14 @@ impl<'a, E: Element> Job<'a, E> {
         if self.by_batch { self.q.shape()[0] } else { self.tables.len() }
     }
 
+    /// Whether the call goes token by token.
+    fn is_short(&self) -> bool {
+        self.turned.is_none() && self.q.shape()[1] <= RECURRENT
+    }
+
     /// Ranges of columns that threads may share a head by; a step needs whole rows of the state.
     fn panels(&self) -> usize {
-        if self.q.shape()[1] <= RECURRENT { 1 } else { self.v.shape()[3].div_ceil(PANEL).max(1) }
+        if self.is_short() { 1 } else { self.v.shape()[3].div_ceil(PANEL).max(1) }
     }
 
     fn split_columns(self, border: usize) -> (Self, Self) {
@@ -70,10 +81,11 @@ impl<'a, E: Element> Job<'a, E> {
 
     fn bytes<B: Backend>(&self) -> usize {
         let s = self.shape::<B>();
-        if self.q.shape()[1] <= RECURRENT {
+        if self.is_short() {
             return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
         }
-        chunked_bytes::<B>(s, self.tables.len())
+        let turned = self.turned.map_or(0, |_| Turned::bytes(s));
+        chunked_bytes::<B>(s, self.tables.len()) + turned
     }
 }
 
@@ -164,12 +176,44 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
                     rows: [job.q, job.k, job.v].map(|x| x.row(at)),
                     buffers: buffers.each_mut().map(|x| &mut **x),
                     state: job.state.matrix_mut(n, h),
-                    forget: job.tables[h].forget(1),
+                    forget: job.tables[h].before().forget(1),
                     scale: job.scale,
                     out: job.out.row_mut(at),
                 });
             }
         }
+    }
+}
+
+/// Buffers of the chunk form for one chunk of one head.
+struct Chunk<'a, B: Backend> {
+    shape: ChunkShape,
+    scores: &'a mut [f32],
+    work: Workspace<'a, B>,
+}
+
+impl<'a, B: Backend> Chunk<'a, B> {
+    /// Rows `at .. at + rows` of a head: its outputs, and the state behind it.
+    fn advance<E: Element>(
+        &mut self,
+        b: B,
+        head: Head<'_, E>,
+        [at, rows]: [usize; 2],
+        out: ViewMut<'_, E, 2>,
+        state: &mut [f32],
+        ahead: &mut Ahead,
+    ) {
+        let (work, scores, stride) = (&mut self.work, &mut *self.scores, self.shape.score_stride());
+        b.call(Scores {
+            head,
+            at,
+            rows,
+            work: &mut *work,
+            scores: &mut *scores,
+            stride,
+            ahead: &mut *ahead,
+        });
+        b.call(Advance { head, at, rows, work, scores, stride, out, state, ahead });
     }
 }
 
@@ -180,8 +224,8 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
         (job.q.shape(), job.shape::<B>(), group(job.shape::<B>(), job.tables.len()));
     let states = scratch.take::<f32>(group * shape.state_len());
     let scores = scratch.take::<f32>(shape.score_len());
-    let mut work = Workspace::<B>::new(b, shape, &mut scratch);
-    let stride = shape.score_stride();
+    let mut chunk = Chunk { shape, scores, work: Workspace::<B>::new(b, shape, &mut scratch) };
+    let mut turned = job.turned.map(|factors| (factors, Turned::new(shape, &mut scratch)));
     for n in 0..batch {
         for first in (0..heads).step_by(group) {
             let last = heads.min(first + group);
@@ -189,25 +233,23 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                 let state = job.state.reborrow().head_rows(n, h);
                 b.call(ToPanels { state, panels });
             }
-            for at in (0..len).step_by(shape.chunk) {
-                let rows = shape.chunk.min(len - at);
+            for done in (0..len).step_by(shape.chunk) {
+                let rows = shape.chunk.min(len - done);
                 for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
                     let head = job.head(n, h);
-                    let work = &mut work;
-                    let (next, start) = if h + 1 < last { (h + 1, at) } else { (first, at + rows) };
+                    if let Some((factors, turned)) = &mut turned {
+                        let rows = [len - done - rows, rows];
+                        turned.fill(b, [head.q, head.k, head.v], rows, *factors);
+                        let (copy, out) = turned.head(rows[1], job.tables[h].after());
+                        chunk.advance(b, copy, [0, rows[1]], out, state, &mut Ahead::none());
+                        turned.store(b, job.out.head_mut(n, h), rows);
+                        continue;
+                    }
+                    let (next, start) =
+                        if h + 1 < last { (h + 1, done) } else { (first, done + rows) };
                     let ahead =
                         &mut shape.ahead(&job.head(n, next), &job.out.head_mut(n, next), start);
-                    b.call(Scores {
-                        head,
-                        at,
-                        rows,
-                        work: &mut *work,
-                        scores: &mut *scores,
-                        stride,
-                        ahead,
-                    });
-                    let out = job.out.head_mut(n, h);
-                    b.call(Advance { head, at, rows, work, scores, stride, out, state, ahead });
+                    chunk.advance(b, head, [done, rows], job.out.head_mut(n, h), state, ahead);
                 }
             }
             for (h, panels) in (first..last).zip(states.chunks_exact(shape.state_len())) {
@@ -239,7 +281,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             }
             return Ok(());
         }
-        if len <= RECURRENT {
+        if job.is_short() {
             let bytes = job.bytes::<B>();
             return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
         }
@@ -253,29 +295,42 @@ fn indices(batch: usize, len: usize, heads: usize) -> impl Iterator<Item = (usiz
 }
 
 /// Runs a checked call.
-pub(super) fn run<E: Element>(
+pub(in crate::attention) fn run<E: Element>(
+    rt: &Runtime,
+    op: &LightningAttention,
+    qkv: [View<'_, E, 4>; 3],
+    out: ViewMut<'_, E, 4>,
+    state: ViewMut<'_, f32, 4>,
+) -> Result<()> {
+    start(rt, op, qkv, out, state, None)
+}
+
+/// Runs a checked call from the last token to the first, with `q`, `k` and `v` multiplied by `factors`:
+/// `S <- S + k v^T`, `o = q S`, `S <- lambda S`.
+pub(super) fn run_turned<E: Element>(
+    rt: &Runtime,
+    op: &LightningAttention,
+    qkv: [View<'_, E, 4>; 3],
+    factors: [f32; 3],
+    out: ViewMut<'_, E, 4>,
+    state: ViewMut<'_, f32, 4>,
+) -> Result<()> {
+    start(rt, op, qkv, out, state, Some(factors))
+}
+
+fn start<E: Element>(
     rt: &Runtime,
     op: &LightningAttention,
     [q, k, v]: [View<'_, E, 4>; 3],
     out: ViewMut<'_, E, 4>,
     state: ViewMut<'_, f32, 4>,
+    turned: Option<[f32; 3]>,
 ) -> Result<()> {
     let [batch, _, heads, _] = q.shape();
     let by_batch = heads < rt.threads() && heads < batch;
-    rt.run(Forward {
-        rt,
-        job: Job {
-            q,
-            k,
-            v,
-            out,
-            state,
-            tables: &op.tables,
-            chunk: op.chunk,
-            scale: op.scale,
-            by_batch,
-        },
-    })
+    let (tables, chunk) = (&op.tables, op.chunk);
+    let scale = if turned.is_some() { 1.0 } else { op.scale };
+    rt.run(Forward { rt, job: Job { q, k, v, out, state, tables, chunk, scale, turned, by_batch } })
 }
 
 /// Scratch of one part of a long call.

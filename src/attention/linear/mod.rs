@@ -1,5 +1,6 @@
 //! Linear attention: a feature map in place of the exponential, so that keys and values sum up to a state.
 
+pub(in crate::attention) mod backward;
 mod group;
 pub mod naive;
 mod shared;
@@ -109,12 +110,8 @@ impl LinearAttention {
         out: ViewMut<'_, E, 4>,
         state: Option<&mut LinearState>,
     ) -> Result<()> {
-        let [batch, lq, heads, dk] = q.shape();
-        let ([_, lk, ..], [.., dv]) = (k.shape(), v.shape());
-        let keys = if self.causal { lq } else { lk };
-        expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
-        expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
-        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
+        self.check([q, k, v], out.shape(), "out")?;
+        let ([batch, _, heads, dk], [_, lk, _, dv]) = (q.shape(), v.shape());
         let form = Form { map: self.map, scale: self.scale.of(dk), eps: self.eps, start: 0.0 };
         let Some(state) = state else {
             return task::run(rt, form, self.causal, [q, k, v], out, None);
@@ -124,6 +121,21 @@ impl LinearAttention {
         task::run(rt, form, self.causal, [q, k, v], out, Some(state.views_mut()))?;
         state.advance(lk);
         Ok(())
+    }
+
+    /// `out` is the shape of the output, or of something of that shape named `name`.
+    fn check<E: Element>(
+        &self,
+        [q, k, v]: [View<'_, E, 4>; 3],
+        out: [usize; 4],
+        name: &'static str,
+    ) -> Result<()> {
+        let [batch, lq, heads, dk] = q.shape();
+        let ([_, lk, ..], [.., dv]) = (k.shape(), v.shape());
+        let keys = if self.causal { lq } else { lk };
+        expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
+        expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
+        expect_shape(OP, name, "[batch, lq, heads, dv]", [batch, lq, heads, dv], out)
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most.

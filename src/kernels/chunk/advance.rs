@@ -15,7 +15,7 @@ use crate::tensor::{Element, ViewMut};
 #[derive(Debug)]
 pub struct Advance<'a, 'w, B: Backend, E> {
     /// The head.
-    pub head: Head<'a, E>,
+    pub head: Head<'w, E>,
     /// First row.
     pub at: usize,
     /// Number of rows.
@@ -89,6 +89,26 @@ impl<L: Lanes> Sink<L> for Update<'_> {
     }
 }
 
+/// Forgets, and nothing else.
+#[inline(always)]
+fn fade<L: Lanes>(l: L, forget: Forget, state: &mut [f32]) {
+    match forget {
+        Forget::All => state.fill(0.0),
+        Forget::Scale(1.0) => {}
+        Forget::Scale(_) | Forget::Share(_) => {
+            let (whole, rest) = l.split_mut(state);
+            debug_assert!(rest.is_empty(), "panels are whole vectors");
+            for x in whole {
+                *x = match forget {
+                    Forget::Scale(f) => Flushed(Scaled(f)).next(l, *x, l.zero()),
+                    Forget::Share(f) => Flushed(Shared(f)).next(l, *x, l.zero()),
+                    Forget::All => l.zero(),
+                };
+            }
+        }
+    }
+}
+
 impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
@@ -101,7 +121,8 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
         let forget = head.decay.forget(m);
         // The last chunk of a call always: the next call counts its chunks from 0 again.
         let flush = at + m == head.q.shape()[0] || head.decay.flush_due(at, m);
-        if forget == Forget::All {
+        if forget == Forget::All && head.decay.query(1) == [0.0] {
+            // No row reads it, and 0 * inf is NaN.
             state.fill(0.0);
         }
         let ((q_data, qs), (k_data, ks)) = (q.parts(), k.parts());
@@ -126,6 +147,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             if !finite_rows(b, v.slice(1, j, j + n), [0, m]) {
                 // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
                 // Panel by panel, because threads that share a head divide it by panels.
+                let [before, after] = head.decay.around();
                 for r in 0..m {
                     let y = &mut work.out[..n];
                     E::widen(b.convert(), q.row([r, 0]), work.q);
@@ -134,7 +156,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                     Step {
                         state: &mut *state,
                         stride: PANEL,
-                        forget: head.decay.forget(1),
+                        forget: before,
                         q: work.q,
                         k: work.k,
                         v: &work.v[..n],
@@ -143,6 +165,7 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
                     }
                     .run(b);
                     E::narrow(b.convert(), y, &mut out.row_mut([at + r, 0])[j..j + n]);
+                    fade(b.lanes(), after, state);
                 }
                 continue;
             }

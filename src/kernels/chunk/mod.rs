@@ -15,13 +15,15 @@
 mod advance;
 mod panels;
 mod scores;
+mod turned;
 
 pub use advance::Advance;
 pub use panels::{FromPanels, ToPanels};
 pub use scores::Scores;
+pub use turned::Turned;
 
 use super::ahead::{Ahead, Part};
-use super::decay::DecayTable;
+use super::decay::Decay;
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, PANEL, Tiles, right_len};
 use crate::tensor::{Element, View, ViewMut};
@@ -136,7 +138,7 @@ pub struct Head<'a, E> {
     /// `[n, dv]`
     pub v: View<'a, E, 2>,
     /// Powers of the decay.
-    pub decay: &'a DecayTable,
+    pub decay: Decay<'a>,
     /// Factor of the output.
     pub scale: f32,
 }

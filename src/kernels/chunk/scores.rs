@@ -2,7 +2,7 @@
 
 use super::{Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
-use crate::kernels::decay::DecayTable;
+use crate::kernels::decay::Decay;
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Sink, Source, Term, Tiles};
 use crate::tensor::Element;
 
@@ -10,7 +10,7 @@ use crate::tensor::Element;
 #[derive(Debug)]
 pub struct Scores<'a, 'w, B: Backend, E> {
     /// The head.
-    pub head: Head<'a, E>,
+    pub head: Head<'w, E>,
     /// First row.
     pub at: usize,
     /// Number of rows.
@@ -28,7 +28,7 @@ pub struct Scores<'a, 'w, B: Backend, E> {
 struct Masked<'a> {
     scores: &'a mut [f32],
     stride: usize,
-    decay: &'a DecayTable,
+    decay: Decay<'a>,
     scale: f32,
 }
 

@@ -10,6 +10,7 @@
 //!
 //! States lie in panels of [`PANEL`] value columns, as right operands of the matrix engine do.
 
+pub mod backward;
 mod blocks;
 mod causal;
 

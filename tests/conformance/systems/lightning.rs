@@ -3,8 +3,8 @@
 use crate::run::Run;
 use crate::support::{heads_first, heads_first_mut};
 use linattn::Result;
-use linattn::attention::State;
 use linattn::attention::lightning::{LightningAttention, SlopeSchedule};
+use linattn::attention::{Gradients, Inputs, State};
 
 fn op(run: &Run<'_>) -> Result<LightningAttention> {
     let slopes = run.case.tensor("in.slope").wide();
@@ -43,6 +43,41 @@ pub fn attention(run: &Run<'_>) -> Result<()> {
     )?;
     run.check("o", &out);
     run.check("state", state_of(&state));
+    Ok(())
+}
+
+/// Gradients of whole sequences, or of packed ones.
+pub fn gradients(run: &Run<'_>) -> Result<()> {
+    let [q, k, v, dout] = ["in.q", "in.k", "in.v", "in.dout"].map(|n| run.case.tensor(n));
+    let borders = run.case.get("in.cu_seqlens").map(|x| x.whole());
+    let rows = borders.as_ref().map_or(v.shape[0], |b| b.len() - 1);
+    let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| vec![f32::NAN; x.data.len()]);
+    let state = initial(run, rows)?;
+    let mut dstate = match run.case.get("in.dstate") {
+        Some(s) => State::from_slice(&s.data, state.shape(), 0)?,
+        None => State::new(rows, state.shape()[1], state.shape()[2], state.shape()[3])?,
+    };
+    let inputs = Inputs {
+        q: heads_first(&q.data, q.shape()),
+        k: heads_first(&k.data, k.shape()),
+        v: heads_first(&v.data, v.shape()),
+        state: Some(&state),
+        dout: heads_first(&dout.data, dout.shape()),
+    };
+    let grads = Gradients {
+        q: heads_first_mut(&mut dq, q.shape()),
+        k: heads_first_mut(&mut dk, k.shape()),
+        v: heads_first_mut(&mut dv, v.shape()),
+        state: Some(&mut dstate),
+    };
+    match borders {
+        Some(borders) => op(run)?.backward_packed(run.rt, inputs, &borders, grads)?,
+        None => op(run)?.backward(run.rt, inputs, grads)?,
+    }
+    run.check("q", &dq);
+    run.check("k", &dk);
+    run.check("v", &dv);
+    run.check("state", state_of(&dstate));
     Ok(())
 }
 

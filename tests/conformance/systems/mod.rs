@@ -76,6 +76,9 @@ const SYSTEMS: &[(&str, System)] = &[
 /// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
 const GRADIENTS: &[(&str, System)] = &[
     ("depthwise_conv2d", vision_ops::depthwise_gradients),
+    ("lightning_attention", lightning::gradients),
+    ("lightning_varlen", lightning::gradients),
+    ("linear_attention", linear::gradients),
     ("lrpe", layers::lrpe_gradients),
     ("rope", layers::rope_gradients),
     ("srmsnorm", layers::srmsnorm_gradients),

@@ -1,0 +1,171 @@
+//! The gradients, as three runs of the recurrence with other roles.
+//!
+//! With `P = scale (Q K^T) o M`, `o_t = scale q_t S_t`, and `dS_t` the gradient of the state behind token `t`:
+//!
+//! ```text
+//! dq_t = scale do_t S_t^T     S^T <- lambda S^T + v_t k_t^T                      first token to last
+//! dk_t = v_t dS^T             dS^T <- dS^T + do_t^T (scale q_t), then lambda dS^T  last token to first
+//! dv_t = k_t dS               dS  <- dS + (scale q_t)^T do_t, then lambda dS       last token to first
+//! ```
+//!
+//! Each line is Lightning Attention of other tensors: `(do, v, k)`, `(v, do, q)` and `(k, q, do)`. The last two
+//! begin at the gradient of the final state and end at that of the initial one.
+
+use super::{LightningAttention, OP, task};
+use crate::attention::{Gradients, Inputs, State};
+use crate::error::{Result, expect_shape};
+use crate::runtime::Runtime;
+use crate::scratch::bytes_of;
+use crate::tensor::{Element, View, ViewMut};
+
+impl LightningAttention {
+    /// The gradients of [`forward`](Self::forward).
+    ///
+    /// ```text
+    /// dq_t = scale do_t S_t^T     dS_t = lambda dS_(t+1) + scale q_t^T do_t     dk_t = v_t dS_t^T     dv_t = k_t dS_t
+    /// ```
+    ///
+    /// Nothing but the inputs need be kept: states are formed again. Slopes have no gradient. Memory beside the
+    /// arguments does not depend on `len`. Cost: about three times that of `forward`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the shapes do not belong together,
+    /// and nothing is written then; [`Error::Alloc`](crate::Error::Alloc) if scratch memory cannot be had.
+    ///
+    /// Source: Lightning Attention-2 (arXiv 2401.04658), algorithm 2.
+    ///
+    /// ```
+    /// use linattn::attention::lightning::LightningAttention;
+    /// use linattn::attention::{Gradients, Inputs};
+    /// use linattn::{Runtime, tensor::Tensor};
+    /// let rt = Runtime::new()?;
+    /// let x = Tensor::<4>::from_slice(&[0.5; 64], [1, 4, 2, 8])?;
+    /// let [mut dq, mut dk, mut dv] = [x.clone(), x.clone(), x.clone()];
+    /// let (q, k, v, dout) = (x.view(), x.view(), x.view(), x.view());
+    /// let grads = Gradients { q: dq.view_mut(), k: dk.view_mut(), v: dv.view_mut(), state: None };
+    /// let attention = LightningAttention::new(&[0.5, 0.25])?;
+    /// attention.backward(&rt, Inputs { q, k, v, state: None, dout }, grads)?;
+    /// assert_eq!(dq.as_slice()[0], 0.5 * 8.0 * 0.25); // (do_0 . v_0) k_0
+    /// # Ok::<(), linattn::Error>(())
+    /// ```
+    pub fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        inputs: Inputs<'_, E, State>,
+        grads: Gradients<'_, E, State>,
+    ) -> Result<()> {
+        let batch = inputs.q.shape()[0];
+        self.check_backward(&inputs, &grads, batch)?;
+        let Inputs { q, k, v, state, dout } = inputs;
+        let Gradients { q: dq, k: dk, v: dv, state: dstate } = grads;
+        let (state, dstate) = (state.map(State::view), dstate.map(State::view_mut));
+        gradients(rt, self, [q, k, v, dout], state, [dq, dk, dv], dstate)
+    }
+
+    /// The gradients of [`forward_packed`](Self::forward_packed): as [`backward`](Self::backward), with one row of
+    /// the states per sequence.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward), and [`Error::Value`](crate::Error::Value) if `cu_seqlens` does not rise
+    /// from 0 to `len`.
+    pub fn backward_packed<E: Element>(
+        &self,
+        rt: &Runtime,
+        inputs: Inputs<'_, E, State>,
+        cu_seqlens: &[usize],
+        mut grads: Gradients<'_, E, State>,
+    ) -> Result<()> {
+        Self::check_packed(inputs.q.shape(), cu_seqlens)?;
+        self.check_backward(&inputs, &grads, cu_seqlens.len() - 1)?;
+        for (s, w) in cu_seqlens.windows(2).enumerate() {
+            let Inputs { q, k, v, state, dout } = inputs;
+            let inputs = [q, k, v, dout].map(|x| x.slice(1, w[0], w[1]));
+            let state = state.map(|x| x.view().slice(0, s, s + 1));
+            let own = [&mut grads.q, &mut grads.k, &mut grads.v]
+                .map(|x| x.reborrow().slice(1, w[0], w[1]));
+            let dstate = grads.state.as_mut().map(|x| x.view_mut().slice(0, s, s + 1));
+            gradients(rt, self, inputs, state, own, dstate)?;
+        }
+        Ok(())
+    }
+
+    fn check_backward<E: Element>(
+        &self,
+        inputs: &Inputs<'_, E, State>,
+        grads: &Gradients<'_, E, State>,
+        states: usize,
+    ) -> Result<()> {
+        let Inputs { q, k, v, state, dout } = *inputs;
+        self.check([q, k, v], v.shape())?;
+        let ([_, _, heads, dk], [.., dv]) = (q.shape(), v.shape());
+        let letters = "[batch, len, heads, dim]";
+        expect_shape(OP, "dout", letters, v.shape(), dout.shape())?;
+        expect_shape(OP, "gradient of q", letters, q.shape(), grads.q.shape())?;
+        expect_shape(OP, "gradient of k", letters, k.shape(), grads.k.shape())?;
+        expect_shape(OP, "gradient of v", letters, v.shape(), grads.v.shape())?;
+        let shape = [states, heads, dk, dv];
+        if let Some(state) = state {
+            state.expect(OP, shape)?;
+        }
+        if let Some(state) = &grads.state {
+            let letters = "[batch, heads, dk, dv]";
+            expect_shape(OP, "gradient of state", letters, shape, state.shape())?;
+        }
+        Ok(())
+    }
+}
+
+/// The three runs over checked arguments: `[q, k, v, dout]` and the initial state; the gradients of `q`, `k` and `v`,
+/// and that of the final state, which becomes that of the initial one.
+pub(in crate::attention) fn gradients<E: Element>(
+    rt: &Runtime,
+    op: &LightningAttention,
+    [q, k, v, dout]: [View<'_, E, 4>; 4],
+    state: Option<View<'_, f32, 4>>,
+    [dq, dk, dv]: [ViewMut<'_, E, 4>; 3],
+    mut dstate: Option<ViewMut<'_, f32, 4>>,
+) -> Result<()> {
+    let ([batch, _, heads, width], [.., values]) = (q.shape(), v.shape());
+    let (rows, columns) = ([batch, heads, width, values], [batch, heads, values, width]);
+    let len = rows.iter().product();
+    rt.with_scratch(bytes_of::<f32>(len) + bytes_of::<f32>(values), |mut cut| {
+        let (sums, row) = (cut.take::<f32>(len), cut.take::<f32>(values));
+        match state {
+            Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row(at))),
+            None => sums.fill(0.0),
+        }
+        task::run(rt, op, [dout, v, k], dq, ViewMut::new(&mut *sums, columns)?)?;
+        match &mut dstate {
+            Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row_mut(at))),
+            None => sums.fill(0.0),
+        }
+        let start = ViewMut::new(&mut *sums, columns)?;
+        task::run_turned(rt, op, [v, dout, q], [1.0, 1.0, op.scale], dk, start)?;
+        let start = match dstate {
+            Some(state) => state,
+            None => {
+                sums.fill(0.0);
+                ViewMut::new(&mut *sums, rows)?
+            }
+        };
+        task::run_turned(rt, op, [k, q, dout], [1.0, op.scale, 1.0], dv, start)
+    })?
+}
+
+/// Matrices `[rows, columns]`, read a row at a time into `row`, as `[columns, rows]`.
+pub(in crate::attention) fn transpose(
+    [batch, heads, rows, columns]: [usize; 4],
+    row: &mut [f32],
+    to: &mut [f32],
+    mut read: impl FnMut([usize; 4], &mut [f32]),
+) {
+    let matrices = (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h)));
+    for ((n, h), to) in matrices.zip(to.chunks_exact_mut((rows * columns).max(1))) {
+        for i in 0..rows {
+            read([n, h, i, 0], row);
+            for (j, x) in row.iter().enumerate() {
+                to[j * rows + i] = *x;
+            }
+        }
+    }
+}
