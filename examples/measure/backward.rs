@@ -19,7 +19,7 @@ pub fn lightning(args: &Args, rt: &Runtime) -> Result<Outcome> {
 }
 
 /// Inputs of a call with the layout that was asked for, and room for the gradients.
-struct Buffers<E> {
+struct Buffers<E: Element> {
     case: Case<E>,
     dout: Case<E>,
     grads: [Case<E>; 2],

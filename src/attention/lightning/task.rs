@@ -241,7 +241,13 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
                         let rows = [len - done - rows, rows];
                         turned.fill(b, [head.q, head.k, head.v], rows, *factors);
                         let (copy, out) = turned.head(rows[1], job.tables[h].after());
-                        chunk.advance(b, copy, [0, rows[1]], out, state, &mut Ahead::none());
+                        let (next, start) = match h + 1 < last {
+                            true => (h + 1, rows[0]),
+                            false => (first, rows[0].saturating_sub(shape.chunk)),
+                        };
+                        let (next, next_out) = (job.head(n, next), job.out.head_mut(n, next));
+                        let ahead = &mut shape.ahead(&next, &next_out, start);
+                        chunk.advance(b, copy, [0, rows[1]], out, state, ahead);
                         turned.store(b, job.out.head_mut(n, h), rows);
                         continue;
                     }
