@@ -365,7 +365,11 @@ impl Runtime {
 
     #[cfg(feature = "std")]
     fn keep_block(&self, block: Block) {
-        self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(block);
+        let mut kept = self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Without room for one more it is given back, and a later call takes another.
+        if kept.try_reserve(1).is_ok() {
+            kept.push(block);
+        }
     }
 
     #[cfg(not(feature = "std"))]

@@ -1,0 +1,21 @@
+//! What must hold for every operation, whatever it computes.
+#![cfg(target_os = "linux")]
+
+#[path = "../support/calls.rs"]
+mod calls;
+mod guard_pages;
+#[path = "../support/memory.rs"]
+mod memory;
+mod memory_limits;
+mod repetition;
+mod streams;
+#[path = "../support/mod.rs"]
+mod support;
+mod surroundings;
+
+use calls::{Call, LAYERS, attention};
+
+/// All operations on `f32`.
+fn all() -> impl Iterator<Item = (&'static str, Call)> {
+    attention::<f32>().into_iter().chain(LAYERS)
+}
