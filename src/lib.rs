@@ -6,6 +6,11 @@
 extern crate alloc;
 
 pub mod attention;
+#[cfg(feature = "candle")]
+pub mod candle;
+#[cfg(all(doctest, feature = "candle"))]
+#[doc = include_str!("../docs/candle.md")]
+mod training {}
 pub mod error;
 pub mod io;
 pub mod kernels;

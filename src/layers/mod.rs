@@ -1,5 +1,6 @@
 //! Layers: configuration, weights packed once, forward, state.
 
+pub mod affine;
 pub mod agent1d;
 mod agent_bias;
 mod agent_sd;

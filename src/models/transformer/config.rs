@@ -35,7 +35,8 @@ pub enum FeedForwardKind {
 
 impl FeedForwardKind {
     /// The activation, and whether there is a gate.
-    pub(super) fn parts(self) -> (Activation, bool) {
+    #[must_use]
+    pub fn parts(self) -> (Activation, bool) {
         match self {
             Self::SwiGlu => (Activation::Silu, true),
             Self::GeGlu => (Activation::Gelu, true),

@@ -1,0 +1,217 @@
+//! TransNormerLLM.
+
+use super::linear::{embed, embedding_and_head};
+use super::positions::angles;
+use super::{Linear, Result, activate, attend, lrpe, srms_norm, wrap};
+use crate::attention::lightning::LightningAttention;
+use crate::layers::{GlaConfig, Lrpe, SgluConfig};
+use crate::models::TransNormerConfig;
+use crate::runtime::Runtime;
+use candle_core::{Module, Tensor, bail};
+use candle_nn::{Init, VarBuilder};
+use std::sync::Arc;
+
+/// The token mixer, as [`layers::GatedLinearAttention`](crate::layers::GatedLinearAttention); parameters `qkvu_proj`,
+/// `out_proj` and, with LRPE, `lrpe.theta`, which is not trained.
+#[derive(Clone, Debug)]
+pub struct GatedLinearAttention {
+    rt: Arc<Runtime>,
+    config: GlaConfig,
+    qkvu_proj: Linear,
+    out_proj: Linear,
+    theta: Option<Lrpe>,
+    attention: LightningAttention,
+}
+
+impl GatedLinearAttention {
+    /// Reads or creates the parameters; one slope per head.
+    ///
+    /// # Errors
+    /// For parameters that are missing or of another shape, and slopes that are NaN or negative.
+    pub fn load(
+        rt: &Arc<Runtime>,
+        config: GlaConfig,
+        [bias, lrpe]: [bool; 2],
+        slopes: &[f64],
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let GlaConfig { embed_dim, hidden_dim, heads, .. } = config;
+        let theta = lrpe.then(|| {
+            let one = Init::Const(1.0);
+            vb.get_with_hints((heads, 1, hidden_dim / heads.max(1)), "lrpe.theta", one)
+        });
+        Ok(Self {
+            rt: rt.clone(),
+            config,
+            qkvu_proj: Linear::load(rt, [embed_dim, 4 * hidden_dim], bias, vb.pp("qkvu_proj"))?,
+            out_proj: Linear::load(rt, [hidden_dim, embed_dim], bias, vb.pp("out_proj"))?,
+            theta: theta.transpose()?.map(|t| angles(&t)).transpose()?,
+            attention: LightningAttention::new(slopes).map_err(wrap)?,
+        })
+    }
+}
+
+impl Module for GatedLinearAttention {
+    /// `[batch, len, embed]`, each sequence from an empty state.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, len, _) = x.dims3()?;
+        let GlaConfig { hidden_dim, heads, act, norm_eps, .. } = self.config;
+        let qkvu = self.qkvu_proj.forward(x)?;
+        let qk = activate(&qkvu.narrow(2, 0, 2 * hidden_dim)?, act)?;
+        let vu = qkvu.narrow(2, 2 * hidden_dim, 2 * hidden_dim)?;
+        let split = |x: &Tensor, at| {
+            let parts = x.reshape((batch, len, 2, heads, hidden_dim / heads))?;
+            parts.narrow(2, at, 1)?.squeeze(2)
+        };
+        let (mut q, mut k) = (split(&qk, 0)?, split(&qk, 1)?);
+        if let Some(theta) = &self.theta {
+            (q, k) = (lrpe(&self.rt, &q, theta, 0)?, lrpe(&self.rt, &k, theta, 0)?);
+        }
+        let v = split(&vu, 0)?;
+        let mixed = attend(&self.rt, &self.attention, [&q, &k, &v])?;
+        let mixed = srms_norm(&self.rt, &mixed.reshape((batch, len, hidden_dim))?, norm_eps)?;
+        let u = vu.narrow(2, hidden_dim, hidden_dim)?;
+        self.out_proj.forward(&(mixed * u)?)
+    }
+}
+
+/// The channel mixer, as [`layers::Sglu`](crate::layers::Sglu); parameters `l1`, `l2`, `l3`.
+#[derive(Clone, Debug)]
+pub struct Sglu {
+    config: SgluConfig,
+    l1: Linear,
+    l2: Linear,
+    l3: Linear,
+}
+
+impl Sglu {
+    /// Reads or creates the parameters.
+    ///
+    /// # Errors
+    /// For parameters that are missing or of another shape.
+    pub fn load(
+        rt: &Arc<Runtime>,
+        config: SgluConfig,
+        bias: bool,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let SgluConfig { embed_dim, glu_dim, .. } = config;
+        Ok(Self {
+            config,
+            l1: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l1"))?,
+            l2: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l2"))?,
+            l3: Linear::load(rt, [glu_dim, embed_dim], bias, vb.pp("l3"))?,
+        })
+    }
+}
+
+impl Module for Sglu {
+    /// `[.., embed]`
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gate = activate(&self.l1.forward(x)?, self.config.act)?;
+        self.l3.forward(&(gate * self.l2.forward(x)?)?)
+    }
+}
+
+/// One block, as [`layers::TransNormerBlock`](crate::layers::TransNormerBlock); parameters of a
+/// [`GatedLinearAttention`] as `token_mixer` and of an [`Sglu`] as `channel_mixer`.
+#[derive(Clone, Debug)]
+pub struct TransNormerBlock {
+    token_mixer: GatedLinearAttention,
+    channel_mixer: Sglu,
+    norm_eps: f32,
+}
+
+impl TransNormerBlock {
+    /// From its parts.
+    #[must_use]
+    pub fn new(token_mixer: GatedLinearAttention, channel_mixer: Sglu, norm_eps: f32) -> Self {
+        Self { token_mixer, channel_mixer, norm_eps }
+    }
+
+    /// Block `layer` of a model.
+    ///
+    /// # Errors
+    /// As [`GatedLinearAttention::load`].
+    pub fn load(
+        rt: &Arc<Runtime>,
+        config: &TransNormerConfig,
+        layer: usize,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let c = config;
+        let gla = GlaConfig {
+            embed_dim: c.embed_dim,
+            hidden_dim: c.hidden_dim,
+            heads: c.heads,
+            act: c.act,
+            norm_eps: c.norm_eps,
+        };
+        let Some(lrpe) = c.lrpe.get(layer) else { bail!("the model has no block {layer}") };
+        let slopes = c.slopes.slopes(c.heads, layer, c.layers).map_err(wrap)?;
+        let mixer = vb.pp("token_mixer");
+        let gla = GatedLinearAttention::load(rt, gla, [c.bias, *lrpe], &slopes, mixer)?;
+        let sglu = SgluConfig { embed_dim: c.embed_dim, glu_dim: c.glu_dim, act: c.glu_act };
+        let sglu = Sglu::load(rt, sglu, c.bias, vb.pp("channel_mixer"))?;
+        Ok(Self::new(gla, sglu, c.norm_eps))
+    }
+}
+
+impl Module for TransNormerBlock {
+    /// `[batch, len, embed]`, each sequence from an empty state.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let rt = &self.token_mixer.rt;
+        let mixed = self.token_mixer.forward(&srms_norm(rt, x, self.norm_eps)?)?;
+        let x = (x + mixed)?;
+        let mixed = self.channel_mixer.forward(&srms_norm(rt, &x, self.norm_eps)?)?;
+        x + mixed
+    }
+}
+
+/// The language model, as [`models::TransNormerLlm`](crate::models::TransNormerLlm), with its parameter names.
+#[derive(Clone, Debug)]
+pub struct TransNormerLlm {
+    rt: Arc<Runtime>,
+    embed: Tensor,
+    embed_scale: f64,
+    blocks: Vec<TransNormerBlock>,
+    norm_eps: f32,
+    head: Linear,
+}
+
+impl TransNormerLlm {
+    /// Reads or creates the parameters.
+    ///
+    /// # Errors
+    /// For an impossible configuration and parameters that are missing or of another shape.
+    pub fn load(rt: &Arc<Runtime>, config: &TransNormerConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        crate::models::Architecture::check(config).map_err(wrap)?;
+        let (vocab, width) = (config.vocab_size, config.embed_dim);
+        let (embed, head) = embedding_and_head(
+            rt,
+            [vocab, width],
+            config.tie_word_embeddings,
+            [vb.pp("model.embed_tokens"), vb.pp("lm_head")],
+        )?;
+        let block = |l| TransNormerBlock::load(rt, config, l, vb.pp(format!("model.layers.{l}")));
+        Ok(Self {
+            rt: rt.clone(),
+            embed,
+            embed_scale: if config.no_scale_embedding { 1.0 } else { (width as f64).sqrt() },
+            blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
+            norm_eps: config.norm_eps,
+            head,
+        })
+    }
+}
+
+impl Module for TransNormerLlm {
+    /// Token ids (`[batch, len]` of `u32`) to logits (`[batch, len, vocab]`).
+    fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        let mut x = (embed(&self.embed, tokens)? * self.embed_scale)?;
+        for block in &self.blocks {
+            x = block.forward(&x)?;
+        }
+        self.head.forward(&srms_norm(&self.rt, &x, self.norm_eps)?)
+    }
+}
