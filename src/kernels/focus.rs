@@ -35,22 +35,30 @@ pub struct FocusRows<'a, E> {
 }
 
 /// `x^p` for `0 <= x <= 1`, a type so that loops over rows have no branch.
-trait Power: Copy {
+pub(super) trait Power: Copy {
     fn of<L: Lanes>(self, l: L, x: L::F) -> L::F;
+    /// The same, and the derivative.
+    fn with_slope<L: Lanes>(self, l: L, x: L::F) -> (L::F, L::F);
 }
 
 /// The published exponent.
 #[derive(Clone, Copy)]
-struct Cube;
+pub(super) struct Cube;
 impl Power for Cube {
     #[inline(always)]
     fn of<L: Lanes>(self, l: L, x: L::F) -> L::F {
         l.mul(l.mul(x, x), x)
     }
+    #[inline(always)]
+    fn with_slope<L: Lanes>(self, l: L, x: L::F) -> (L::F, L::F) {
+        let square = l.mul(x, x);
+        (l.mul(square, x), l.mul(square, l.splat(3.0)))
+    }
 }
 
+/// At least 1.
 #[derive(Clone, Copy)]
-struct Whole(u32);
+pub(super) struct Whole(pub(super) u32);
 impl Power for Whole {
     #[inline(always)]
     fn of<L: Lanes>(self, l: L, x: L::F) -> L::F {
@@ -64,19 +72,32 @@ impl Power for Whole {
         }
         y
     }
+    #[inline(always)]
+    fn with_slope<L: Lanes>(self, l: L, x: L::F) -> (L::F, L::F) {
+        let y = Whole(self.0 - 1).of(l, x);
+        (l.mul(y, x), l.mul(y, l.splat(self.0 as f32)))
+    }
 }
 
 #[derive(Clone, Copy)]
-struct Real(f32);
+pub(super) struct Real(pub(super) f32);
 impl Power for Real {
     #[inline(always)]
     fn of<L: Lanes>(self, l: L, x: L::F) -> L::F {
         math::exp(l, l.mul(math::ln(l, x), l.splat(self.0)))
     }
+    #[inline(always)]
+    fn with_slope<L: Lanes>(self, l: L, x: L::F) -> (L::F, L::F) {
+        // Of 0 nothing is left, although the slope of a root has no bound there.
+        let none = l.lt(x, l.splat(f32::MIN_POSITIVE));
+        let y = Real(self.0 - 1.0).of(l, x);
+        let [y, slope] = [l.mul(y, x), l.mul(y, l.splat(self.0))];
+        (l.select(none, l.zero(), y), l.select(none, l.zero(), slope))
+    }
 }
 
 /// Exponents up to this are products.
-const LONGEST: f32 = 64.0;
+pub(super) const LONGEST: f32 = 64.0;
 
 impl<B: Backend, E: Element> Kernel<B> for FocusRows<'_, E> {
     type Output = ();

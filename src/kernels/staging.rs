@@ -1,6 +1,6 @@
 //! Small pieces that work on rows of `f32`, to be inlined into kernels.
 
-use crate::simd::{Backend, Kernel, Lanes, Source};
+use crate::simd::{Backend, Kernel, Lanes, Source, Task};
 use crate::tensor::{Element, View};
 use half::bf16;
 
@@ -142,12 +142,12 @@ pub fn add_columns<L: Lanes>(l: L, rows: &[f32], [m, width]: [usize; 2], z: &mut
     }
 }
 
-/// `total = total + part`, for states in any layout.
+/// `total = total + part`, for states in any layout; of several parts, one after the other.
 #[derive(Debug)]
 pub struct Combine<'a> {
     /// The sum so far.
     pub total: &'a mut [f32],
-    /// What is added.
+    /// What is added, once or several times as long.
     pub part: &'a [f32],
 }
 
@@ -155,6 +155,14 @@ impl<B: Backend> Kernel<B> for Combine<'_> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        add_columns(b.lanes(), self.part, [1, self.part.len()], self.total);
+        let width = self.total.len();
+        add_columns(b.lanes(), self.part, [self.part.len() / width.max(1), width], self.total);
+    }
+}
+
+impl Task for Combine<'_> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
+        b.call(self);
     }
 }

@@ -12,9 +12,11 @@ mod difference;
 
 mod depthwise;
 mod feature_map;
+mod focused;
 mod lightning;
 mod linear;
 mod norm;
+mod performer;
 mod rotary;
 
 /// Relative L2 distance of correct `f32` gradients from the definition.

@@ -1,5 +1,6 @@
 //! Focused linear attention: features whose directions are sharpened while their norms stay.
 
+mod backward;
 pub mod naive;
 mod task;
 
@@ -156,19 +157,33 @@ impl FocusedLinearAttention {
         v: View<'_, E, 4>,
         out: ViewMut<'_, E, 4>,
     ) -> Result<()> {
+        self.check([q, k, v], "out", out.shape())?;
+        task::run(rt, self.focus(), self.sum_eps(k.shape()[1]), [q, k, v], out)
+    }
+
+    /// Whether shapes belong together; `out` is an argument of the output's shape, called `arg`.
+    fn check<E: Element>(
+        &self,
+        [q, k, v]: [View<'_, E, 4>; 3],
+        arg: &'static str,
+        out: [usize; 4],
+    ) -> Result<()> {
         let ([batch, lq, ..], [_, lk, ..], [.., dv]) = (q.shape(), k.shape(), v.shape());
         let (heads, dk) = (self.config.heads, self.dim());
         expect_shape(OP, "q", "[batch, lq, heads, dk]", [batch, lq, heads, dk], q.shape())?;
         expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, lk, heads, dk], k.shape())?;
         expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, lk, heads, dv], v.shape())?;
-        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
-        let eps = match self.config.normaliser {
+        expect_shape(OP, arg, "[batch, lq, heads, dv]", [batch, lq, heads, dv], out)
+    }
+
+    /// What is added to plain sums over `lk` keys.
+    fn sum_eps(&self, lk: usize) -> f32 {
+        match self.config.normaliser {
             // Anything that sums over nothing can be divided by.
             _ if lk == 0 => 1.0,
             Normaliser::Mean => self.config.z_eps * lk as f32,
             Normaliser::Sum => self.config.z_eps,
-        };
-        task::run(rt, self.focus(), eps, [q, k, v], out)
+        }
     }
 
     /// The features `phi(x)` alone: `x` is `[batch, len, heads, dk]`, `out` `[batch, len, heads * dk]`.

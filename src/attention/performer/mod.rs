@@ -1,5 +1,6 @@
 //! Performer (FAVOR+): random features whose products estimate a kernel of queries and keys.
 
+mod backward;
 pub mod naive;
 mod peak;
 mod projection;
@@ -254,13 +255,8 @@ impl PerformerAttention {
         out: ViewMut<'_, E, 4>,
         state: Option<&mut PerformerState>,
     ) -> Result<()> {
-        let ([batch, lq, heads, _], dk) = (q.shape(), self.dim());
-        let ([_, lk, ..], [.., dv]) = (k.shape(), v.shape());
-        let keys = if self.config.causal { lq } else { lk };
-        expect_shape(OP, "q", "[batch, lq, heads, dk]", [batch, lq, heads, dk], q.shape())?;
-        expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
-        expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
-        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
+        self.check([q, k, v], "out", out.shape())?;
+        let ([batch, _, heads, _], [_, lk, _, dv]) = (q.shape(), v.shape());
         let (map, causal) = (self.map(), self.config.causal);
         let start = self.start();
         let Some(state) = state else {
@@ -279,6 +275,22 @@ impl PerformerAttention {
         task::run(rt, form(map, start), causal, [q, k, v], out, Some(state.sums.views_mut()))?;
         state.sums.advance(lk);
         Ok(())
+    }
+
+    /// Whether shapes belong together; `out` is an argument of the output's shape, called `arg`.
+    fn check<E: Element>(
+        &self,
+        [q, k, v]: [View<'_, E, 4>; 3],
+        arg: &'static str,
+        out: [usize; 4],
+    ) -> Result<()> {
+        let ([batch, lq, heads, _], dk) = (q.shape(), self.dim());
+        let ([_, lk, ..], [.., dv]) = (k.shape(), v.shape());
+        let keys = if self.config.causal { lq } else { lk };
+        expect_shape(OP, "q", "[batch, lq, heads, dk]", [batch, lq, heads, dk], q.shape())?;
+        expect_shape(OP, "k", "[batch, lk, heads, dk]", [batch, keys, heads, dk], k.shape())?;
+        expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, keys, heads, dv], v.shape())?;
+        expect_shape(OP, arg, "[batch, lq, heads, dv]", [batch, lq, heads, dv], out)
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most, and for the whole

@@ -1,6 +1,8 @@
 //! The definition, in `f64`, token by token.
 
 use super::{FavorKernel, PerformerConfig, Stabiliser};
+use crate::attention::linear::naive as linear;
+use crate::kernels::feature_map::FeatureMap;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -79,4 +81,58 @@ pub fn head(
         }
     }
     out
+}
+
+/// The gradients of [`head`] for `q`, `k` and `v` from that of the output, `[lq, dv]`; what exponents are lowered by
+/// counts as constant.
+#[must_use]
+pub fn backward(
+    [q, k, v]: [&[f64]; 3],
+    w: &[f64],
+    [lq, lk, dk, dv]: [usize; 4],
+    config: &PerformerConfig,
+    dout: &[f64],
+) -> [Vec<f64>; 3] {
+    let m = w.len() / dk;
+    let (f, g) = (features(q, w, [dk, m], config, false), features(k, w, [dk, m], config, true));
+    let start = if config.causal { f64::from(config.denom_eps) } else { 0.0 };
+    let (s, z) = (vec![0.0; m * dv], vec![start; m]);
+    let (mut ds, mut dz) = (vec![0.0; m * dv], vec![0.0; m]);
+    let sums = linear::Terms {
+        map: FeatureMap::Identity,
+        causal: config.causal,
+        eps: Some(0.0),
+        scale: 1.0,
+    };
+    let (shape, end) = ([lq, lk, m, dv], [&mut ds[..], &mut dz[..]]);
+    let [df, dg, gv] = linear::backward(&f, &g, v, shape, sums, [&s, &z], dout, end);
+    [features_backward(q, &f, &df, w, dk, config), features_backward(k, &g, &dg, w, dk, config), gv]
+}
+
+/// Gradients of rows `x` from their features and those of these.
+fn features_backward(
+    x: &[f64],
+    phi: &[f64],
+    dphi: &[f64],
+    w: &[f64],
+    dk: usize,
+    c: &PerformerConfig,
+) -> Vec<f64> {
+    let (m, mut dx) = (w.len() / dk, vec![0.0; x.len()]);
+    let squared = if c.normalize { libm::pow(dk as f64, -0.5) } else { 1.0 };
+    let (FavorKernel::Softmax { eps } | FavorKernel::Relu { eps }) = c.kernel;
+    let eps = f64::from(eps);
+    for (i, dx) in dx.iter_mut().enumerate() {
+        let (row, j) = (i / dk, i % dk);
+        for r in 0..m {
+            let (phi, dphi) = (phi[row * m + r], dphi[row * m + r]);
+            // Factors of w_r and of -x'.
+            let [along, back] = match c.kernel {
+                FavorKernel::Softmax { .. } => [dphi * (phi - eps / libm::sqrt(m as f64)); 2],
+                FavorKernel::Relu { .. } => [if phi > eps { dphi } else { 0.0 }, 0.0],
+            };
+            *dx += libm::sqrt(squared) * along * w[r * dk + j] - squared * back * x[i];
+        }
+    }
+    dx
 }

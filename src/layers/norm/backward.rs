@@ -2,10 +2,9 @@
 
 use super::{Kind, Norm, OP};
 use crate::error::{Error, Result, expect_shape};
-use crate::kernels::elementwise::Add;
 use crate::kernels::norm::ScaleNorm;
 use crate::kernels::norm_backward::{AnyNorm, NormBackward};
-use crate::kernels::rows::Rows;
+use crate::kernels::staging::Combine;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Task};
@@ -99,7 +98,8 @@ impl Norm {
             rt.run(Blocks(rt, job));
             for (sum, parts) in [(weight, dweight), (bias, dbias)] {
                 if let Some(sum) = sum {
-                    rt.run(Total(sum, parts));
+                    sum.fill(0.0);
+                    rt.run(Combine { total: sum, part: parts });
                 }
             }
         })
@@ -162,22 +162,5 @@ impl Task for Blocks<'_, '_> {
                 });
             }
         });
-    }
-}
-
-/// `sum = ` all rows of `parts`, in order.
-struct Total<'a>(&'a mut [f32], &'a [f32]);
-
-impl Task for Total<'_> {
-    type Output = ();
-    fn run<B: Backend>(self, b: B) {
-        let Total(sum, parts) = self;
-        let n = sum.len();
-        sum.fill(0.0);
-        for part in parts.chunks_exact(n.max(1)) {
-            let ins = [View::new(part, [1, n]).expect("a row")];
-            let out = ViewMut::new(&mut *sum, [1, n]).expect("a row");
-            b.call(Rows { op: Add, ins, out });
-        }
     }
 }

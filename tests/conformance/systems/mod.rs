@@ -76,13 +76,15 @@ const SYSTEMS: &[(&str, System)] = &[
 /// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
 const GRADIENTS: &[(&str, System)] = &[
     ("depthwise_conv2d", vision_ops::depthwise_gradients),
+    ("focused_linear_attention", vision_ops::focused_gradients),
     ("lightning_attention", lightning::gradients),
     ("lightning_varlen", lightning::gradients),
     ("linear_attention", linear::gradients),
     ("lrpe", layers::lrpe_gradients),
+    ("performer_attention", performer::attention_gradients),
     ("rope", layers::rope_gradients),
-    ("srmsnorm", layers::srmsnorm_gradients),
     ("softmax_attention", softmax::attention_gradients),
+    ("srmsnorm", layers::srmsnorm_gradients),
 ];
 
 /// The function that computes the gradients of a system, if there is one.

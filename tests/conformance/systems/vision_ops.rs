@@ -107,9 +107,8 @@ pub fn normaliser(run: &Run<'_>) -> Normaliser {
     }
 }
 
-pub fn focused(run: &Run<'_>) -> Result<()> {
+fn focused_operation(run: &Run<'_>) -> Result<FocusedLinearAttention> {
     let case = run.case;
-    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|n| case.tensor(n));
     let config = FocusedConfig {
         heads: case.size("heads"),
         focusing_factor: case.number("focusing_factor") as f32,
@@ -117,14 +116,42 @@ pub fn focused(run: &Run<'_>) -> Result<()> {
         relu_eps: case.number("relu_eps") as f32,
         z_eps: case.number("z_eps") as f32,
     };
-    let op = FocusedLinearAttention::new(config, &case.tensor("w.scale").data)?;
-    fn heads(t: &Array, heads: usize) -> Result<View<'_, f32, 4>> {
-        View::new(&t.data, t.shape::<3>())?.split_heads(heads)
+    FocusedLinearAttention::new(config, &case.tensor("w.scale").data)
+}
+
+/// `[batch, len, channels]` as heads.
+fn heads(t: &Array, heads: usize) -> Result<View<'_, f32, 4>> {
+    View::new(&t.data, t.shape::<3>())?.split_heads(heads)
+}
+
+pub fn focused_gradients(run: &Run<'_>) -> Result<()> {
+    let op = focused_operation(run)?;
+    let h = op.config().heads;
+    let [q, k, v, dout] = ["in.q", "in.k", "in.v", "in.dout"].map(|n| run.case.tensor(n));
+    let mut grads = [q, k, v].map(|x| vec![f32::NAN; x.data.len()]);
+    let mut dscale = vec![f32::NAN; run.case.tensor("w.scale").data.len()];
+    let [dq, dk, dv] = &mut grads;
+    let views = [
+        ViewMut::new(dq, q.shape::<3>())?.split_heads(h)?,
+        ViewMut::new(dk, k.shape::<3>())?.split_heads(h)?,
+        ViewMut::new(dv, v.shape::<3>())?.split_heads(h)?,
+    ];
+    let (q, k, v, dout) = (heads(q, h)?, heads(k, h)?, heads(v, h)?, heads(dout, h)?);
+    op.backward(run.rt, q, k, v, dout, views, Some(&mut dscale))?;
+    for (name, x) in ["q", "k", "v"].into_iter().zip(&grads) {
+        run.check(name, x);
     }
-    let h = config.heads;
+    run.check("scale", &dscale);
+    Ok(())
+}
+
+pub fn focused(run: &Run<'_>) -> Result<()> {
+    let op = focused_operation(run)?;
+    let h = op.config().heads;
+    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|n| run.case.tensor(n));
     let ([b, n, c], [_, m, _], [.., wide]) = (q.shape(), k.shape::<3>(), v.shape::<3>());
     let mut out = vec![f32::NAN; b * n * wide];
-    let view = ViewMut::new(&mut out, [b, n, wide])?.split_heads(config.heads)?;
+    let view = ViewMut::new(&mut out, [b, n, wide])?.split_heads(h)?;
     op.forward(run.rt, heads(q, h)?, heads(k, h)?, heads(v, h)?, view)?;
     run.check("out", &out);
     for (name, x, len) in [("phi_q", q, n), ("phi_k", k, m)] {
