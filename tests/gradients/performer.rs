@@ -142,10 +142,18 @@ fn gradients_are_those_of_the_definition() {
         for engine in engines() {
             let got = problem.run::<f32>(&engine.runtime());
             for ((got, want), name) in got.iter().zip(&want).zip(NAMES) {
-                // Of one token alone, gradients of queries and keys are zero but for `eps`.
-                let zero = size[3] == 1 && name != "dv";
-                let tolerance = engine.tolerance(3e-6, true) * if zero { 1e4 } else { 1.0 };
-                close(got, want, tolerance, &format!("{engine:?} {size:?} {config:?} {name}"));
+                let what = format!("{engine:?} {size:?} {config:?} {name}");
+                let tolerance = engine.tolerance(3e-6, true);
+                if size[3] == 1 && name != "dv" {
+                    // One key has all the weight, whatever it is: what is left are differences of terms of the size
+                    // of `dout v`.
+                    let [_, _, v, dout] = problem.head(0, 0);
+                    let size = (dot(&v, &v) * dot(&dout, &dout)).sqrt();
+                    let off = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2));
+                    assert!(off.sum::<f64>().sqrt() <= tolerance * size, "{what}");
+                } else {
+                    close(got, want, tolerance, &what);
+                }
             }
         }
     }
