@@ -26,7 +26,8 @@ impl Problem {
         let ([b, h, lq, lk, dk, dv], seed) = (size, size.iter().sum::<usize>() as u64);
         println!("{size:?}, {m} features, {config:?}: seed {seed}");
         let projection = orthogonal_projection(m, dk, RowNorm::Gaussian, seed).expect("sizes");
-        let mut rng = Rng::new(seed);
+        // Not the numbers of the projection, whose rows would be orthogonal to those of queries.
+        let mut rng = Rng::new(seed + 1);
         let lens = [lq * dk, lk * dk, lk * dv, lq * dv].map(|n| b * h * n);
         let tensors = lens.map(|n| normal(&mut rng, n));
         Self { size, config, projection: projection.as_slice().to_vec(), tensors }
