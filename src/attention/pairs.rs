@@ -161,9 +161,12 @@ fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
     let mut work = PairWork::<B>::new(pairs.shape(), &mut cut);
     let Pairs { terms, q, k, v, dout, grads: [mut dq, mut d_k, mut d_v], mut dtable, mut dbias } =
         pairs;
-    clear(&mut dtable, &mut dbias);
     let ([batch, _, heads, _], kv_heads) = (q.shape(), k.shape()[2]);
     let group = heads / kv_heads.max(1);
+    for h in 0..heads {
+        // A table belongs to all heads, and is cleared several times.
+        bias_grads(&mut dtable, &mut dbias, h).clear();
+    }
     for n in 0..batch {
         let mask = terms.key_mask.filter(|_| lk > 0).map(|m| m.row([n, 0]));
         for (x, seen) in hidden.iter_mut().zip(mask.into_iter().flatten()) {
@@ -191,10 +194,7 @@ fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
                     dq: matrix(q_sum, [lq, dk]),
                     dk: matrix(k_sum, [lk, dk]),
                     dv: matrix(v_sum, [lk, dv]),
-                    bias: BiasGrads {
-                        table: dtable.as_deref_mut(),
-                        matrix: dbias.as_mut().map(|x| x.reborrow().matrix_at(h)),
-                    },
+                    bias: bias_grads(&mut dtable, &mut dbias, h),
                 };
                 work.backward(b, &rule, PairInputs { q, k, v, dout }, to);
                 finish(b, q_sum, dq.head_mut(n, h));
@@ -210,17 +210,14 @@ fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
     }
 }
 
-/// Gradients of biases begin at 0.
-fn clear(table: &mut Option<&mut [f32]>, bias: &mut Option<ViewMut<'_, f32, 3>>) {
-    if let Some(table) = table {
-        table.fill(0.0);
-    }
-    if let Some(bias) = bias {
-        let [heads, rows, _] = bias.shape();
-        for at in (0..heads).flat_map(|h| (0..rows).map(move |i| [h, i, 0])) {
-            bias.row_mut(at).fill(0.0);
-        }
-    }
+/// Gradients of what is added to the scores of one head.
+fn bias_grads<'x>(
+    table: &'x mut Option<&mut [f32]>,
+    bias: &'x mut Option<ViewMut<'_, f32, 3>>,
+    head: usize,
+) -> BiasGrads<'x> {
+    let matrix = bias.as_mut().map(|x| x.reborrow().matrix_at(head));
+    BiasGrads { table: table.as_deref_mut(), matrix }
 }
 
 /// A call, ready to be dispatched.

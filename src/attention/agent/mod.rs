@@ -1,7 +1,10 @@
 //! Agent attention: a few agents gather from all keys, and all queries ask the agents.
 
+mod backward;
 pub mod naive;
 mod task;
+
+pub use backward::AgentBiasGrads;
 
 use super::Scale;
 use crate::error::{Error, Result, expect_shape};
@@ -127,6 +130,19 @@ impl AgentAttention {
         out: ViewMut<'_, E, 4>,
         extra: AgentExtra<'_>,
     ) -> Result<()> {
+        self.check([q, k, v, agents], &extra)?;
+        let ([batch, lq, heads, dk], [.., dv]) = (q.shape(), v.shape());
+        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
+        let scales = self.scales.map(|s| s.of(dk));
+        task::run(rt, [q, k, v, agents], out, extra, scales, self.k_shortcut)
+    }
+
+    /// Refuses inputs that do not belong together.
+    fn check<E: Element>(
+        &self,
+        [q, k, v, agents]: [View<'_, E, 4>; 4],
+        extra: &AgentExtra<'_>,
+    ) -> Result<()> {
         let [batch, lq, heads, dk] = q.shape();
         let ([_, lk, ..], [_, n, ..], [.., dv]) = (k.shape(), agents.shape(), v.shape());
         let lk = if self.k_shortcut == 0.0 { lk } else { lq };
@@ -134,7 +150,6 @@ impl AgentAttention {
         expect_shape(OP, "v", "[batch, lk, heads, dv]", [batch, lk, heads, dv], v.shape())?;
         let expected = [batch, n, heads, dk];
         expect_shape(OP, "agents", "[batch, n, heads, dk]", expected, agents.shape())?;
-        expect_shape(OP, "out", "[batch, lq, heads, dv]", [batch, lq, heads, dv], out.shape())?;
         if let Some(b) = extra.agent_bias {
             expect_shape(OP, "agent_bias", "[heads, n, lk]", [heads, n, lk], b.shape())?;
         }
@@ -148,8 +163,7 @@ impl AgentAttention {
             let expected = [batch, n, heads, dv];
             expect_shape(OP, "agent_values", "[batch, n, heads, dv]", expected, a.shape())?;
         }
-        let scales = self.scales.map(|s| s.of(dk));
-        task::run(rt, [q, k, v, agents], out, extra, scales, self.k_shortcut)
+        Ok(())
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime, at most: they depend neither on the

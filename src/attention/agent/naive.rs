@@ -42,3 +42,48 @@ pub fn head(
     }
     (out, values)
 }
+
+/// Gradients of one head.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    /// By `q`, `k`, `v` and `agents`.
+    pub inputs: [Vec<f64>; 4],
+    /// By the biases, `[n, lk]` and `[lq, n]`, whether there are some or not.
+    pub biases: [Vec<f64>; 2],
+}
+
+/// Gradients, given that by the output, `dout` `[lq, dv]`: through the queries' softmax to `VA`, and from there through
+/// that of the agents. Other arguments as in [`head`].
+#[must_use]
+pub fn backward(
+    agents: &[f64],
+    [q, k, v]: [&[f64]; 3],
+    dout: &[f64],
+    sizes @ [lq, lk, n, dk, dv]: [usize; 5],
+    terms: Terms<'_>,
+    seen: impl Fn(usize) -> bool,
+) -> Gradients {
+    let [s1, s2] = terms.scales;
+    let (_, values) = head(agents, [q, k, v], sizes, terms, &seen);
+    let all = |_, _| true;
+    let [dq, mut d_agents, d_values, d_query_bias] =
+        softmax::backward(q, agents, &values, dout, terms.query_bias, [lq, n, dk, dv], s2, all);
+    let blind = !(0..lk).any(&seen);
+    let [more, d_k, mut d_v, d_agent_bias] = match blind {
+        true => {
+            let [_, _, d_v, none] =
+                softmax::backward(&[], &[], v, &d_values, &[], [n, lk, 0, dv], s1, all);
+            let none = none.iter().map(|_| 0.0).collect();
+            [alloc::vec![0.0; n * dk], alloc::vec![0.0; lk * dk], d_v, none]
+        }
+        false => {
+            let (bias, sizes) = (terms.agent_bias, [n, lk, dk, dv]);
+            softmax::backward(agents, k, v, &d_values, bias, sizes, s1, |_, j| seen(j))
+        }
+    };
+    d_agents.iter_mut().zip(more).for_each(|(d, x)| *d += x);
+    if terms.k_shortcut != 0.0 {
+        d_v.iter_mut().zip(dout).for_each(|(d, x)| *d += terms.k_shortcut * x);
+    }
+    Gradients { inputs: [dq, d_k, d_v, d_agents], biases: [d_agent_bias, d_query_bias] }
+}

@@ -1,14 +1,15 @@
 //! Mixed chunk attention (FLASH): quadratic attention inside of chunks, linear attention across them.
 
+mod backward;
 pub mod naive;
 mod state;
 mod task;
 
-pub use super::quadratic::Factor;
+pub use super::quadratic::{BiasGrads, Factor};
 pub use crate::kernels::quadratic::{Bias, ScoreActivation};
 pub use state::MixedChunkState;
 
-use super::quadratic::check_bias;
+use super::quadratic::{check_bias, check_bias_grads};
 use crate::error::{Error, Result, expect_shape};
 use crate::runtime::Runtime;
 use crate::tensor::{Element, View, ViewMut};
@@ -192,22 +193,9 @@ impl MixedChunkAttention {
         extra: Extra<'_>,
         state: Option<&mut MixedChunkState>,
     ) -> Result<()> {
+        self.check(qk, v, &extra)?;
         let ([batch, len, s], [.., e], chunk) = (qk[0].shape(), v.shape(), self.config.chunk);
-        for (arg, x) in ["quad_q", "quad_k", "lin_q", "lin_k"].into_iter().zip(qk) {
-            expect_shape(OP, arg, "[batch, len, s]", [batch, len, s], x.shape())?;
-        }
-        expect_shape(OP, "v", "[batch, len, e]", [batch, len, e], v.shape())?;
         expect_shape(OP, "out", "[batch, len, e]", [batch, len, e], out.shape())?;
-        if s == 0 {
-            return Err(Error::shape(OP, "quad_q", "s of at least 1", qk[0].shape()));
-        }
-        if e == 0 {
-            return Err(Error::shape(OP, "v", "e of at least 1", v.shape()));
-        }
-        if let Some(mask) = extra.key_mask {
-            expect_shape(OP, "key_mask", "[batch, len]", [batch, len], mask.shape())?;
-        }
-        check_bias(OP, &extra.bias, [chunk, chunk])?;
         if let Some(state) = &state {
             if !self.config.causal {
                 return Err(Error::value(OP, "state", "none unless causal", "one"));
@@ -219,6 +207,30 @@ impl MixedChunkAttention {
             return Ok(());
         }
         task::run(rt, self.config, qk, v, out, extra, state)
+    }
+
+    /// Refuses inputs that do not belong together.
+    fn check<E: Element>(
+        &self,
+        qk: [View<'_, E, 3>; 4],
+        v: View<'_, E, 3>,
+        extra: &Extra<'_>,
+    ) -> Result<()> {
+        let ([batch, len, s], [.., e], chunk) = (qk[0].shape(), v.shape(), self.config.chunk);
+        for (arg, x) in ["quad_q", "quad_k", "lin_q", "lin_k"].into_iter().zip(qk) {
+            expect_shape(OP, arg, "[batch, len, s]", [batch, len, s], x.shape())?;
+        }
+        expect_shape(OP, "v", "[batch, len, e]", [batch, len, e], v.shape())?;
+        if s == 0 {
+            return Err(Error::shape(OP, "quad_q", "s of at least 1", qk[0].shape()));
+        }
+        if e == 0 {
+            return Err(Error::shape(OP, "v", "e of at least 1", v.shape()));
+        }
+        if let Some(mask) = extra.key_mask {
+            expect_shape(OP, "key_mask", "[batch, len]", [batch, len], mask.shape())?;
+        }
+        check_bias(OP, &extra.bias, [chunk, chunk])
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most.

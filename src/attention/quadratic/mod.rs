@@ -1,10 +1,13 @@
 //! Quadratic attention without softmax (GAU, FLASH-Quad).
 
+mod backward;
 pub mod naive;
 mod score;
 mod task;
 
+pub use crate::kernels::pairs::BiasGrads;
 pub use crate::kernels::quadratic::{Bias, ScoreActivation};
+pub(crate) use backward::check_bias_grads;
 pub use score::Factor;
 pub(crate) use score::check_bias;
 
@@ -116,10 +119,20 @@ impl QuadraticAttention {
         out: ViewMut<'_, E, 3>,
         extra: Extra<'_>,
     ) -> Result<()> {
+        self.check([q, k, v], &extra)?;
+        let ([batch, lq, _], [.., e]) = (q.shape(), v.shape());
+        expect_shape(OP, "out", "[batch, lq, e]", [batch, lq, e], out.shape())?;
+        if batch == 0 || lq == 0 {
+            return Ok(());
+        }
+        task::run(rt, *self, [q, k, v], out, extra)
+    }
+
+    /// Refuses inputs that do not belong together.
+    fn check<E: Element>(&self, [q, k, v]: [View<'_, E, 3>; 3], extra: &Extra<'_>) -> Result<()> {
         let ([batch, lq, s], [_, lk, _], [.., e]) = (q.shape(), k.shape(), v.shape());
         expect_shape(OP, "k", "[batch, lk, s]", [batch, lk, s], k.shape())?;
         expect_shape(OP, "v", "[batch, lk, e]", [batch, lk, e], v.shape())?;
-        expect_shape(OP, "out", "[batch, lq, e]", [batch, lq, e], out.shape())?;
         if s == 0 {
             return Err(Error::shape(OP, "q", "s of at least 1", q.shape()));
         }
@@ -133,11 +146,7 @@ impl QuadraticAttention {
         if let Some(mask) = extra.key_mask {
             expect_shape(OP, "key_mask", "[batch, lk]", [batch, lk], mask.shape())?;
         }
-        check_bias(OP, &extra.bias, [if self.causal { lk } else { lq }, lk])?;
-        if batch == 0 || lq == 0 {
-            return Ok(());
-        }
-        task::run(rt, *self, [q, k, v], out, extra)
+        check_bias(OP, &extra.bias, [if self.causal { lk } else { lq }, lk])
     }
 
     /// Scratch bytes that [`forward`](Self::forward) takes from the runtime for one thread, at most.

@@ -15,14 +15,14 @@ mod rule;
 
 pub use rule::{BiasGrads, Link, PairRule};
 
-use super::gemm::{Gemm, Pack, gemm, gemm_bytes, matmul, matmul_bytes, rows};
+use super::gemm::{Gemm, Pack, gemm, gemm_bytes, matmul, rows};
 use super::quadratic::stride;
 use super::staging::finite_rows;
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Kernel, Left, Order, Source, Tiles};
 use crate::tensor::{View, ViewMut};
-use rule::LinkRows;
+use rule::{LinkRows, WeighRows};
 
 /// Queries of a block.
 pub const ROWS: usize = 96;
@@ -51,25 +51,21 @@ impl PairShape {
 
     /// Floats of scores; packed keys for scores; packed values and keys; bytes of products.
     fn lens<B: Backend>(&self) -> (usize, usize, [usize; 2], usize) {
-        let Self { lq, lk, dk, dv } = *self;
+        let Self { lk, dk, dv, .. } = *self;
         let m = self.rows();
-        // The last block may be shallower, which may take more room.
-        let deep = [m, lq % ROWS]
-            .into_iter()
-            .filter(|m| *m > 0)
-            .flat_map(|m| [matmul_bytes::<B::T>(lk, m, dk), matmul_bytes::<B::T>(lk, m, dv)]);
+        let (t_left, t_right) = (<B::T as Tiles>::left_len, B::T::right_len);
         let products = [
             gemm_bytes::<B::S>(m, dk),
             gemm_bytes::<B::T>(m, dv),
-            // Fewer keys may be seen, in blocks of more rows.
-            bytes_of::<Elem<B>>(<B::T as Tiles>::left_len(m, lk.min(B::T::DEPTH))),
+            // Fewer keys or queries may meet, in blocks of more rows.
+            bytes_of::<Elem<B>>(t_left(m, lk.min(B::T::DEPTH))),
             gemm_bytes::<B::T>(m, lk),
-            deep.max().unwrap_or(0),
+            bytes_of::<Elem<B>>(t_left(lk, m)) + bytes_of::<Elem<B>>(t_right(m, dk.max(dv))),
         ];
         (
             m * stride(lk),
             B::S::right_len(dk, lk),
-            [B::T::right_len(dv, lk), B::T::right_len(lk, dk)],
+            [B::T::right_len(dv, lk).max(B::T::right_len(lk, dv)), B::T::right_len(lk, dk)],
             products.into_iter().max().unwrap_or(0),
         )
     }
@@ -165,6 +161,49 @@ impl<'a, B: Backend> PairWork<'a, B> {
         self.finite = b.call(Finite(k)) && b.call(Finite(v));
     }
 
+    /// `out = P V`, overwritten. What was packed is lost.
+    pub fn forward(
+        &mut self,
+        b: B,
+        rule: &PairRule<'_>,
+        [q, k, v]: [View<'_, f32, 2>; 3],
+        mut out: ViewMut<'_, f32, 2>,
+    ) {
+        let ([lq, s], [lk, e]) = (q.shape(), v.shape());
+        if !(b.call(Finite(q)) && b.call(Finite(k)) && b.call(Finite(v))) {
+            return careful::forward(b, self, rule, [q, k, v], out);
+        }
+        let ((keys, k_stride), (values, v_stride)) = (k.parts(), v.parts());
+        let src = Source::Columns(keys, k_stride);
+        b.call(Pack { tiles: b.scores(), src, k: s, n: lk, dst: &mut *self.score_keys });
+        let src = Source::Rows(values, v_stride);
+        b.call(Pack { tiles: b.tiles(), src, k: lk, n: e, dst: &mut *self.values });
+        for first in (0..lq).step_by(ROWS) {
+            let end = lq.min(first + ROWS);
+            let (m, width) = (end - first, rule.seen(end - 1, lk));
+            let stride = stride(width);
+            if width > 0 {
+                self.score(b, q.slice(0, first, end), width);
+                let (rows, scores) = ([first, m], &mut *self.scores);
+                b.call(WeighRows { rule, rows, width, stride, scores });
+            }
+            let left = Left::new(&*self.scores, Order::Rows(stride));
+            let right = B::T::right(&*self.values, lk);
+            let store = Store::new(out.reborrow().slice(0, first, end));
+            let product = Gemm { m, k: width, n: e, left, right, store };
+            gemm(b, b.tiles(), product, &mut Cut::new(&mut *self.products));
+        }
+    }
+
+    /// Products of queries and the first `width` keys.
+    fn score(&mut self, b: B, q: View<'_, f32, 2>, width: usize) {
+        let ([m, s], stride) = (q.shape(), stride(width));
+        let right = B::S::right(&*self.score_keys, s);
+        let store = Store::new(square(self.scores, [m, width], stride));
+        let product = Gemm { m, k: s, n: width, left: rows(q), right, store };
+        gemm(b, b.scores(), product, &mut Cut::new(&mut *self.products));
+    }
+
     /// The gradients of one head of queries against the keys that are packed.
     pub fn backward(&mut self, b: B, rule: &PairRule<'_>, x: PairInputs<'_>, to: PairGrads<'_>) {
         let (lq, lk) = (x.q.shape()[0], x.k.shape()[0]);
@@ -198,15 +237,11 @@ impl<'a, B: Backend> PairWork<'a, B> {
         to: PairGrads<'_>,
         [first, width]: [usize; 2],
     ) {
-        let PairInputs { q, k, v, dout } = x;
+        let PairInputs { q, v, dout, .. } = x;
         let ([m, s], [lk, e], t) = (q.shape(), v.shape(), b.tiles());
         let (stride, scale) = (stride(width), rule.scale);
+        self.score(b, q, width);
         let products = &mut *self.products;
-        debug_assert_eq!(k.shape(), [lk, s]);
-        let right = B::S::right(&*self.score_keys, s);
-        let store = Store::new(square(self.scores, [m, width], stride));
-        let product = Gemm { m, k: s, n: width, left: rows(q), right, store };
-        gemm(b, b.scores(), product, &mut Cut::new(&mut *products));
         let right = B::T::right(&*self.values, e);
         let store = Store::new(square(self.dp, [m, width], stride));
         let product = Gemm { m, k: e, n: width, left: rows(dout), right, store };

@@ -1,6 +1,6 @@
 //! Rows of scores and of gradients of weights, turned into weights and gradients of scores.
 
-use crate::kernels::quadratic::{Bias, ScoreActivation, slope_row};
+use crate::kernels::quadratic::{Bias, ScoreActivation, slope_row, weight_row};
 use crate::kernels::rows::{Map, map};
 use crate::kernels::softmax::{scale_row, softmax_row};
 use crate::kernels::staging::partial_dot;
@@ -45,6 +45,17 @@ impl PairRule<'_> {
         usize::try_from(end).unwrap_or(0).min(lk)
     }
 
+    /// Products `q . k` of query `i` become scores.
+    #[inline(always)]
+    fn finish<L: Lanes>(&self, l: L, i: usize, row: &mut [f32]) {
+        scale_row(l, row, self.scale);
+        for (added, factor) in self.added(i) {
+            if let Some(added) = added {
+                add_scaled(l, factor, &added[..row.len()], row);
+            }
+        }
+    }
+
     /// What is added to scores `q . k` of query `i`, with factors.
     #[inline(always)]
     pub(super) fn added(&self, i: usize) -> [(Option<&[f32]>, f32); 3] {
@@ -68,6 +79,16 @@ impl BiasGrads<'_> {
         BiasGrads {
             table: self.table.as_deref_mut(),
             matrix: self.matrix.as_mut().map(ViewMut::reborrow),
+        }
+    }
+
+    /// Fills everything with 0.
+    pub fn clear(&mut self) {
+        if let Some(table) = &mut self.table {
+            table.fill(0.0);
+        }
+        if let Some(matrix) = &mut self.matrix {
+            (0..matrix.shape()[0]).for_each(|i| matrix.row_mut([i, 0]).fill(0.0));
         }
     }
 
@@ -148,16 +169,48 @@ impl<B: Backend> Kernel<B> for LinkRows<'_, '_> {
             rest.fill(0.0);
             let (dp, rest) = self.dp[at..][..self.width].split_at_mut(seen);
             rest.fill(0.0);
-            scale_row(l, scores, rule.scale);
-            for (added, factor) in rule.added(i) {
-                if let Some(added) = added {
-                    add_scaled(l, factor, &added[..seen], scores);
-                }
-            }
+            rule.finish(l, i, scores);
             link_row(l, rule.link, scores, dp);
             for grad in self.bias.rows(rule.first + i).into_iter().flatten() {
                 add_scaled(l, rule.factor, dp, &mut grad[..seen]);
             }
+        }
+    }
+}
+
+/// Finished scores become weights.
+#[inline(always)]
+pub(super) fn weigh_row<L: Lanes>(l: L, link: Link, scores: &mut [f32]) {
+    match link {
+        Link::Softmax => softmax_row(l, scores),
+        Link::Activation(act) => weight_row(l, act, scores),
+    }
+}
+
+/// All rows of a block on the way forward.
+pub(super) struct WeighRows<'a, 'w> {
+    pub rule: &'w PairRule<'a>,
+    /// First query and number of them.
+    pub rows: [usize; 2],
+    /// Columns.
+    pub width: usize,
+    pub stride: usize,
+    /// Products `q . k`, which become weights.
+    pub scores: &'w mut [f32],
+}
+
+impl<B: Backend> Kernel<B> for WeighRows<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let [first, rows] = self.rows;
+        for r in 0..rows {
+            let seen = self.rule.seen(first + r, self.width);
+            let row = &mut self.scores[r * self.stride..][..self.width];
+            let (scores, rest) = row.split_at_mut(seen);
+            rest.fill(0.0);
+            self.rule.finish(b.lanes(), first + r, scores);
+            weigh_row(b.lanes(), self.rule.link, scores);
         }
     }
 }

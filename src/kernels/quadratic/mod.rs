@@ -117,14 +117,18 @@ impl<L: Lanes, A: Act> Map<L, 0> for Weight<A> {
 #[inline(always)]
 pub(crate) fn slope_row<L: Lanes>(l: L, act: ScoreActivation, x: &mut [f32], dp: &mut [f32]) {
     match act {
-        ScoreActivation::Relu2 => {
-            map(l, Slope(Relu2), [&*x], dp);
-            map(l, Weight(Relu2), [], x);
-        }
-        ScoreActivation::Laplace => {
-            map(l, Slope(Laplace), [&*x], dp);
-            map(l, Weight(Laplace), [], x);
-        }
+        ScoreActivation::Relu2 => map(l, Slope(Relu2), [&*x], dp),
+        ScoreActivation::Laplace => map(l, Slope(Laplace), [&*x], dp),
+    }
+    weight_row(l, act, x);
+}
+
+/// `x <- act(x)`
+#[inline(always)]
+pub(crate) fn weight_row<L: Lanes>(l: L, act: ScoreActivation, x: &mut [f32]) {
+    match act {
+        ScoreActivation::Relu2 => map(l, Weight(Relu2), [], x),
+        ScoreActivation::Laplace => map(l, Weight(Laplace), [], x),
     }
 }
 

@@ -3,7 +3,8 @@
 use crate::run::Run;
 use linattn::Result;
 use linattn::attention::mixed_chunk::{
-    Bias, Extra, Factor, LinReduce, MixedChunkAttention, MixedChunkConfig, MixedChunkState,
+    Bias, BiasGrads, Extra, Factor, LinReduce, MixedChunkAttention, MixedChunkConfig,
+    MixedChunkState,
 };
 use linattn::attention::quadratic::ScoreActivation;
 use linattn::tensor::View;
@@ -71,6 +72,37 @@ fn parts(
 
 pub fn attention(run: &Run<'_>) -> Result<()> {
     run.check("out", &parts(run, std::iter::empty(), None)?);
+    Ok(())
+}
+
+pub fn attention_gradients(run: &Run<'_>) -> Result<()> {
+    let (case, op, mask) = (run.case, operation(run)?, mask(run));
+    let names = ["quad_q", "quad_k", "lin_q", "lin_k", "v"];
+    let inputs = names.map(|n| case.tensor(&format!("in.{n}")));
+    let [b, n, _] = inputs[4].shape();
+    let bias = case.get("in.bias").map(|t| View::new(&t.data, t.shape())).transpose()?;
+    let extra = Extra {
+        key_mask: mask.as_ref().map(|m| View::new(m, [b, n])).transpose()?,
+        bias: Bias { table: None, matrix: bias },
+    };
+    let mut grads = inputs.map(|x| vec![f32::NAN; x.data.len()]);
+    let shape = bias.map_or([0; 2], |x| x.shape());
+    let mut dbias = vec![f32::NAN; shape[0] * shape[1]];
+    let mut shapes = inputs.iter().map(|x| x.shape());
+    let views = grads.each_mut().map(|g| {
+        let shape = shapes.next().expect("a shape");
+        ViewMut::new(g, shape).expect("a tensor")
+    });
+    let matrix = bias.map(|_| ViewMut::new(&mut dbias, shape)).transpose()?;
+    let to = BiasGrads { table: None, matrix };
+    let [q, k, l, g, v] = inputs.map(|x| View::new(&x.data, x.shape()).expect("a tensor"));
+    let dout = case.tensor("in.dout");
+    let dout = View::new(&dout.data, dout.shape())?;
+    op.backward_with(run.rt, [q, k, l, g], v, dout, views, extra, to)?;
+    for (name, grad) in names.into_iter().zip(&grads) {
+        run.check(name, grad);
+    }
+    run.check("bias", &dbias);
     Ok(())
 }
 

@@ -75,12 +75,14 @@ const SYSTEMS: &[(&str, System)] = &[
 
 /// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
 const GRADIENTS: &[(&str, System)] = &[
+    ("agent_attention", vision_ops::agent_gradients),
     ("depthwise_conv2d", vision_ops::depthwise_gradients),
     ("focused_linear_attention", vision_ops::focused_gradients),
     ("lightning_attention", lightning::gradients),
     ("lightning_varlen", lightning::gradients),
     ("linear_attention", linear::gradients),
     ("lrpe", layers::lrpe_gradients),
+    ("mixed_chunk_attention", mixed_chunk::attention_gradients),
     ("performer_attention", performer::attention_gradients),
     ("rope", layers::rope_gradients),
     ("softmax_attention", softmax::attention_gradients),

@@ -5,19 +5,50 @@ use crate::run::Run;
 use crate::support::{heads_first, heads_first_mut};
 use linattn::Result;
 use linattn::attention::Scale;
-use linattn::attention::agent::{AgentAttention, AgentExtra};
+use linattn::attention::agent::{AgentAttention, AgentBiasGrads, AgentExtra};
 use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention, Normaliser};
 use linattn::layers::{DepthwiseConfig, DepthwiseConv2d, DepthwiseGradients};
 use linattn::tensor::{View, ViewMut};
+
+fn agent_operation(run: &Run<'_>) -> Result<AgentAttention> {
+    let scale = |name| Scale::Value(run.case.number(name) as f32);
+    AgentAttention::new()
+        .with_scales(scale("scale1"), scale("scale2"))?
+        .with_shortcut(run.case.number("k_shortcut") as f32)
+}
+
+pub fn agent_gradients(run: &Run<'_>) -> Result<()> {
+    let case = run.case;
+    let inputs = ["in.q", "in.k", "in.v", "in.agents"].map(|n| case.tensor(n));
+    let bias = |name| case.get(name).map(|t| View::new(&t.data, t.shape::<3>())).transpose();
+    let [b1, b2] = [bias("in.bias1")?, bias("in.bias2")?];
+    let mut dbiases = [b1, b2].map(|b| vec![f32::NAN; b.map_or(0, |b| b.shape().iter().product())]);
+    let mut grads = inputs.map(|x| vec![f32::NAN; x.data.len()]);
+    let mut shapes = inputs.iter().map(|x| x.shape());
+    let views = grads.each_mut().map(|g| heads_first_mut(g, shapes.next().expect("a shape")));
+    let [d1, d2] = &mut dbiases;
+    let biases = AgentBiasGrads {
+        agent_bias: b1.map(|b| ViewMut::new(d1, b.shape())).transpose()?,
+        query_bias: b2.map(|b| ViewMut::new(d2, b.shape())).transpose()?,
+    };
+    let extra = AgentExtra { agent_bias: b1, query_bias: b2, ..AgentExtra::default() };
+    let [q, k, v, agents] = inputs.map(|x| heads_first(&x.data, x.shape()));
+    let dout = case.tensor("in.dout");
+    let dout = heads_first(&dout.data, dout.shape());
+    agent_operation(run)?.backward_with(run.rt, q, k, v, agents, dout, views, extra, biases)?;
+    for (name, grad) in ["q", "k", "v", "agents"].into_iter().zip(&grads) {
+        run.check(name, grad);
+    }
+    run.check("bias1", &dbiases[0]);
+    run.check("bias2", &dbiases[1]);
+    Ok(())
+}
 
 pub fn agent(run: &Run<'_>) -> Result<()> {
     let case = run.case;
     let [q, k, v, agents] = ["in.q", "in.k", "in.v", "in.agents"].map(|n| case.tensor(n));
     let ([b, h, lq, _], [_, _, n, _], [_, _, lk, dv]) = (q.shape(), agents.shape::<4>(), v.shape());
-    let scale = |name| Scale::Value(case.number(name) as f32);
-    let op = AgentAttention::new()
-        .with_scales(scale("scale1"), scale("scale2"))?
-        .with_shortcut(case.number("k_shortcut") as f32)?;
+    let op = agent_operation(run)?;
     let bias = |name, shape| case.get(name).map(|t| View::new(&t.data, shape)).transpose();
     let (mut out, mut values) = (vec![f32::NAN; b * h * lq * dv], vec![f32::NAN; b * h * n * dv]);
     let extra = AgentExtra {
