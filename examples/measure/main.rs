@@ -12,6 +12,7 @@ mod decode;
 mod flash;
 mod gemm;
 mod models;
+mod pairs;
 mod timing;
 mod vision;
 
@@ -44,6 +45,11 @@ enum What {
     MixedChunk,
     /// Quadratic attention without softmax (`--s`, `--e`, `--causal`).
     Gau,
+    /// Gradients of softmax, agent, mixed chunk and quadratic attention.
+    SoftmaxBackward,
+    AgentBackward,
+    MixedChunkBackward,
+    QuadraticBackward,
     /// A whole FLASH layer (also `--d`).
     FlashLayer,
     /// Performer attention (`--features`, `--kernel softmax|relu`, `--causal`).
@@ -232,6 +238,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::Focused => vision::focused(&args, &rt)?,
         What::MixedChunk => flash::mixed_chunk(&args, &rt)?,
         What::Gau => flash::gau(&args, &rt)?,
+        What::SoftmaxBackward => pairs::softmax(&args, &rt)?,
+        What::AgentBackward => pairs::agent(&args, &rt)?,
+        What::MixedChunkBackward => pairs::mixed_chunk(&args, &rt)?,
+        What::QuadraticBackward => pairs::quadratic(&args, &rt)?,
         What::FlashLayer => flash::flash_layer(&args, &rt)?,
         What::Performer => baselines::performer(&args, &rt)?,
         What::Combiner => baselines::combiner(&args, &rt)?,

@@ -37,3 +37,26 @@ pub fn close(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
     let error = rel_err(got, want);
     assert!(error <= tolerance, "{what}: off by {error:e}");
 }
+
+/// Panics unless the gradients of a definition by several inputs are those of differences.
+#[track_caller]
+pub fn agree(got: &[Vec<f64>], inputs: &[Vec<f64>], loss: impl Fn(&[&[f64]]) -> f64) {
+    let lens: Vec<usize> = inputs.iter().map(Vec::len).collect();
+    let all = differences(&inputs.concat(), |x| {
+        let mut rest = x;
+        let parts: Vec<&[f64]> = lens
+            .iter()
+            .map(|n| {
+                let part;
+                (part, rest) = rest.split_at(*n);
+                part
+            })
+            .collect();
+        loss(&parts)
+    });
+    let mut at = 0;
+    for (i, got) in got.iter().enumerate() {
+        differs_little(got, &all[at..at + lens[i]], &format!("gradient {i}"));
+        at += lens[i];
+    }
+}

@@ -10,14 +10,18 @@ mod support;
 
 mod difference;
 
+mod agent;
+mod combiner;
 mod depthwise;
 mod feature_map;
+mod flash;
 mod focused;
 mod lightning;
 mod linear;
 mod norm;
 mod performer;
 mod rotary;
+mod softmax;
 
 /// Relative L2 distance of correct `f32` gradients from the definition.
 const F32: f64 = 3e-6;

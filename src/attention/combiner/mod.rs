@@ -1,6 +1,7 @@
 //! Combiner: full attention at sparse cost, through direct keys and summaries of groups of keys.
 
 mod axial;
+mod backward;
 mod fixed;
 mod job;
 mod meet;

@@ -54,16 +54,77 @@ impl Head<'_> {
         (0..self.dk).map(one).collect()
     }
 
-    /// The abstraction of a group of tokens, none of an empty one.
-    fn summary(&self, group: &[usize]) -> Option<Pair> {
-        if group.is_empty() {
-            return None;
-        }
+    /// The abstraction of a group of tokens.
+    fn summary(&self, group: &[usize]) -> Pair {
         let key = self.pooled(group.iter().map(|i| self.k(*i)));
         let query = self.pooled(group.iter().map(|i| self.q(*i)));
-        let pairs: Vec<Pair> = group.iter().map(|i| self.pair(*i)).collect();
-        Some((key, expectation(&query, &pairs, self.dv)))
+        (key, expectation(&query, &self.pairs(group), self.dv))
     }
+
+    fn pairs(&self, tokens: &[usize]) -> Vec<Pair> {
+        tokens.iter().map(|i| self.pair(*i)).collect()
+    }
+
+    /// Keys as keys and as values.
+    fn twice(&self, tokens: &[usize]) -> Vec<Pair> {
+        tokens.iter().map(|i| (self.k(*i).to_vec(), self.k(*i).to_vec())).collect()
+    }
+
+    fn meet(&self, seen: &Seen) -> Pair {
+        match seen {
+            Seen::Token(j) => self.pair(*j),
+            Seen::Group(group) => self.summary(group),
+            Seen::Row { at, row, summary } => {
+                let key = match summary {
+                    KeySummary::None => self.k(*at).to_vec(),
+                    KeySummary::WeightedSum => expectation(self.q(*at), &self.twice(row), self.dk),
+                };
+                (key, expectation(self.q(*at), &self.pairs(row), self.dv))
+            }
+        }
+    }
+}
+
+/// What a query meets.
+enum Seen {
+    Token(usize),
+    /// The abstraction of some tokens.
+    Group(Vec<usize>),
+    /// What stands for a row of tokens at one column, that of token `at`.
+    Row {
+        at: usize,
+        row: Vec<usize>,
+        summary: KeySummary,
+    },
+}
+
+/// Everything that query `i` meets.
+fn seen(i: usize, len: usize, c: &CombinerConfig) -> Vec<Seen> {
+    let (w, rows) = (c.segment, len.div_ceil(c.segment));
+    let row = |r: usize| r * w..len.min((r + 1) * w);
+    let (r, col) = (i / w, i % w);
+    let own = if c.causal { r * w..i + 1 } else { row(r) };
+    let mut all: Vec<Seen> = own.map(Seen::Token).collect();
+    let others = 0..if c.causal { r } else { rows };
+    match c.variant {
+        Variant::Fixed => all.extend(others.map(|s| Seen::Group(row(s).collect()))),
+        Variant::AxialRowMajor(summary) => {
+            let rows = others.filter(|s| row(*s).len() > col);
+            all.extend(rows.map(|s| Seen::Row { at: s * w + col, row: row(s).collect(), summary }));
+        }
+        Variant::AxialMixture => {
+            all.extend((0..r).map(|s| Seen::Token(s * w + col)));
+            let mut groups: Vec<Vec<usize>> = Vec::new();
+            groups
+                .extend((0..w).filter(|o| *o != col).map(|o| (0..r).map(|s| s * w + o).collect()));
+            for s in 0..r {
+                groups.push((s * w..s * w + col).collect());
+                groups.push((s * w + col + 1..(s + 1) * w).collect());
+            }
+            all.extend(groups.into_iter().filter(|g| !g.is_empty()).map(Seen::Group));
+        }
+    }
+    all
 }
 
 /// All rows of one head: `q`, `k` are `[len, dk]`, `v` `[len, dv]`, the result `[len, dv]`. `scale` multiplies queries.
@@ -78,44 +139,128 @@ pub fn head(
 ) -> Vec<f64> {
     let q = q.iter().map(|x| scale * x).collect();
     let h = Head { q, k, v, dk, dv, pool: c.pool };
-    let (w, rows) = (c.segment, len.div_ceil(c.segment));
-    let row = |r: usize| r * w..len.min((r + 1) * w);
-    let attend = |i: usize| -> Vec<f64> {
-        let (r, col) = (i / w, i % w);
-        let own = if c.causal { r * w..i + 1 } else { row(r) };
-        let mut pairs: Vec<Pair> = own.map(|j| h.pair(j)).collect();
-        let others = 0..if c.causal { r } else { rows };
-        match c.variant {
-            Variant::Fixed => {
-                pairs.extend(others.filter_map(|s| h.summary(&row(s).collect::<Vec<_>>())));
-            }
-            Variant::AxialRowMajor(summary) => {
-                for s in others.filter(|s| row(*s).len() > col) {
-                    let j = s * w + col;
-                    let seen: Vec<Pair> = row(s).map(|j| h.pair(j)).collect();
-                    let value = expectation(h.q(j), &seen, dv);
-                    let keys: Vec<Pair> = seen.into_iter().map(|(k, _)| (k.clone(), k)).collect();
-                    let key = match summary {
-                        KeySummary::None => h.k(j).to_vec(),
-                        KeySummary::WeightedSum => expectation(h.q(j), &keys, dk),
-                    };
-                    pairs.push((key, value));
-                }
-            }
-            Variant::AxialMixture => {
-                pairs.extend((0..r).map(|s| h.pair(s * w + col)));
-                for other in (0..w).filter(|o| *o != col) {
-                    let above: Vec<usize> = (0..r).map(|s| s * w + other).collect();
-                    pairs.extend(h.summary(&above));
-                }
-                for s in 0..r {
-                    let left: Vec<usize> = (s * w..s * w + col).collect();
-                    let right: Vec<usize> = (s * w + col + 1..(s + 1) * w).collect();
-                    pairs.extend(h.summary(&left).into_iter().chain(h.summary(&right)));
-                }
-            }
-        }
+    let attend = |i: usize| {
+        let pairs: Vec<Pair> = seen(i, len, c).iter().map(|s| h.meet(s)).collect();
         expectation(h.q(i), &pairs, dv)
     };
     (0..len).flat_map(attend).collect()
+}
+
+fn add(out: &mut [f64], at: usize, x: &[f64]) {
+    out[at * x.len()..].iter_mut().zip(x).for_each(|(o, x)| *o += x);
+}
+
+/// The gradients of [`expectation`] by `q` and by every key and value.
+fn expectation_back(q: &[f64], pairs: &[Pair], dout: &[f64]) -> (Vec<f64>, Vec<Pair>) {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let logits: Vec<f64> = pairs.iter().map(|(k, _)| dot(q, k)).collect();
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| libm::exp(x - top)).sum();
+    let weights: Vec<f64> = logits.iter().map(|x| libm::exp(x - top) / sum).collect();
+    let along: Vec<f64> = pairs.iter().map(|(_, v)| dot(dout, v)).collect();
+    let mean = dot(&weights, &along);
+    let mut dq = vec![0.0; q.len()];
+    let mut back = Vec::new();
+    for ((k, _), (p, a)) in pairs.iter().zip(weights.iter().zip(&along)) {
+        let dx = p * (a - mean);
+        dq.iter_mut().zip(k).for_each(|(d, k)| *d += dx * k);
+        back.push((q.iter().map(|x| dx * x).collect(), dout.iter().map(|x| p * x).collect()));
+    }
+    (dq, back)
+}
+
+/// Gradients of one head.
+struct Back<'a> {
+    head: Head<'a>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+impl Back<'_> {
+    /// Through the expectation of tokens; the gradient by the query comes back.
+    fn tokens(&mut self, q: &[f64], tokens: &[usize], dout: &[f64]) -> Vec<f64> {
+        let (dq, back) = expectation_back(q, &self.head.pairs(tokens), dout);
+        for (j, (k, v)) in tokens.iter().zip(back) {
+            add(&mut self.dk, *j, &k);
+            add(&mut self.dv, *j, &v);
+        }
+        dq
+    }
+
+    /// Through a pool: of what, by rows, the gradient of the pool, and that of the rows.
+    fn pool(pool: Pool, x: &[f64], group: &[usize], dout: &[f64], dx: &mut [f64]) {
+        let width = dout.len();
+        for (c, d) in dout.iter().enumerate() {
+            let at = |j: &usize| j * width + c;
+            if pool == Pool::Mean {
+                group.iter().for_each(|j| dx[at(j)] += d / group.len() as f64);
+                continue;
+            }
+            // The first of the largest.
+            let best =
+                group.iter().copied().reduce(|a, b| if x[at(&b)] > x[at(&a)] { b } else { a });
+            if let Some(j) = best.filter(|j| pool == Pool::Max || x[at(j)] > 0.0) {
+                dx[at(&j)] += d;
+            }
+        }
+    }
+
+    fn meet(&mut self, seen: &Seen, dkey: &[f64], dvalue: &[f64]) {
+        match seen {
+            Seen::Token(j) => {
+                add(&mut self.dk, *j, dkey);
+                add(&mut self.dv, *j, dvalue);
+            }
+            Seen::Group(group) => {
+                let pool = self.head.pool;
+                let query = self.head.pooled(group.iter().map(|i| self.head.q(*i)));
+                let dquery = self.tokens(&query, group, dvalue);
+                Self::pool(pool, &self.head.q, group, &dquery, &mut self.dq);
+                Self::pool(pool, self.head.k, group, dkey, &mut self.dk);
+            }
+            Seen::Row { at, row, summary } => {
+                let query = self.head.q(*at).to_vec();
+                let dq = self.tokens(&query, row, dvalue);
+                add(&mut self.dq, *at, &dq);
+                if *summary == KeySummary::None {
+                    return add(&mut self.dk, *at, dkey);
+                }
+                let (dq, back) = expectation_back(&query, &self.head.twice(row), dkey);
+                add(&mut self.dq, *at, &dq);
+                for (j, (k, v)) in row.iter().zip(back) {
+                    add(&mut self.dk, *j, &k);
+                    add(&mut self.dk, *j, &v);
+                }
+            }
+        }
+    }
+}
+
+/// Gradients by `q`, `k` and `v`, given that by the result, `dout` `[len, dv]`. A maximum passes its gradient to the first
+/// of the largest. Other arguments as in [`head`].
+#[must_use]
+pub fn backward(
+    [q, k, v]: [&[f64]; 3],
+    dout: &[f64],
+    [len, dk, dv]: [usize; 3],
+    scale: f64,
+    c: &CombinerConfig,
+) -> [Vec<f64>; 3] {
+    let q = q.iter().map(|x| scale * x).collect();
+    let head = Head { q, k, v, dk, dv, pool: c.pool };
+    let [d_q, d_k, d_v] = [dk, dk, dv].map(|width| vec![0.0; len * width]);
+    let mut back = Back { head, dq: d_q, dk: d_k, dv: d_v };
+    for i in 0..len {
+        let all = seen(i, len, c);
+        let pairs: Vec<Pair> = all.iter().map(|s| back.head.meet(s)).collect();
+        let dout = &dout[i * dv..][..dv];
+        let (dq, grads) = expectation_back(back.head.q(i), &pairs, dout);
+        add(&mut back.dq, i, &dq);
+        for (seen, (dkey, dvalue)) in all.iter().zip(grads) {
+            back.meet(seen, &dkey, &dvalue);
+        }
+    }
+    back.dq.iter_mut().for_each(|x| *x *= scale);
+    [back.dq, back.dk, back.dv]
 }

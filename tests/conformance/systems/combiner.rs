@@ -6,15 +6,14 @@ use linattn::Result;
 use linattn::attention::Scale;
 use linattn::attention::combiner::{CombinerAttention, CombinerConfig, KeySummary, Pool, Variant};
 
-pub fn attention(run: &Run<'_>) -> Result<()> {
+fn config(run: &Run<'_>) -> CombinerConfig {
     let case = run.case;
-    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|n| case.tensor(n));
     let summary = match case.text("key_summary") {
         "none" => KeySummary::None,
         "wsum" => KeySummary::WeightedSum,
         other => panic!("unknown summary of keys `{other}`"),
     };
-    let config = CombinerConfig {
+    CombinerConfig {
         variant: match case.text("variant") {
             "fixed" => Variant::Fixed,
             "axial_rowmajor" => Variant::AxialRowMajor(summary),
@@ -30,7 +29,26 @@ pub fn attention(run: &Run<'_>) -> Result<()> {
             other => panic!("unknown pool `{other}`"),
         },
         scale: Scale::Value(case.number("scale") as f32),
-    };
+    }
+}
+
+pub fn attention_gradients(run: &Run<'_>) -> Result<()> {
+    let inputs = ["in.q", "in.k", "in.v", "in.dout"].map(|n| run.case.tensor(n));
+    let [q, k, v, dout] = inputs.map(|x| heads_first(&x.data, x.shape()));
+    let mut grads = [0, 1, 2].map(|i| vec![f32::NAN; inputs[i].data.len()]);
+    let mut shapes = inputs.iter().map(|x| x.shape());
+    let views = grads.each_mut().map(|g| heads_first_mut(g, shapes.next().expect("a shape")));
+    CombinerAttention::new(config(run))?.backward(run.rt, q, k, v, dout, views)?;
+    for (name, grad) in ["q", "k", "v"].into_iter().zip(&grads) {
+        run.check(name, grad);
+    }
+    Ok(())
+}
+
+pub fn attention(run: &Run<'_>) -> Result<()> {
+    let case = run.case;
+    let [q, k, v] = ["in.q", "in.k", "in.v"].map(|n| case.tensor(n));
+    let config = config(run);
     let op = CombinerAttention::new(config)?;
     let (shape @ [b, h, len, dk], [.., dv]) = (q.shape(), v.shape::<4>());
     let mut out = vec![f32::NAN; b * h * len * dv];

@@ -76,6 +76,7 @@ const SYSTEMS: &[(&str, System)] = &[
 /// Compute `grad.*` from `in.*` and the gradient `in.dout` of the output.
 const GRADIENTS: &[(&str, System)] = &[
     ("agent_attention", vision_ops::agent_gradients),
+    ("combiner_attention", combiner::attention_gradients),
     ("depthwise_conv2d", vision_ops::depthwise_gradients),
     ("focused_linear_attention", vision_ops::focused_gradients),
     ("lightning_attention", lightning::gradients),
