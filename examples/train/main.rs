@@ -27,6 +27,10 @@ use std::sync::Arc;
 use std::time::Instant;
 use text::Text;
 
+/// Every step makes and drops the same tensors. An allocator that keeps their memory saves asking the system for it again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Trains a language model of bytes.

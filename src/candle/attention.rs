@@ -1,10 +1,11 @@
 //! Operations of queries, keys and values.
 
 use super::Result;
-use super::call::{Arg, Op, apply_packed, apply3, floats};
+use super::call::{Arg, Op, apply3};
 use crate::attention::lightning::LightningAttention;
 use crate::attention::linear::LinearAttention;
-use crate::attention::softmax::{Extra, SoftmaxAttention};
+use crate::attention::performer::PerformerAttention;
+use crate::attention::softmax::SoftmaxAttention;
 use crate::attention::{Gradients, Inputs, State};
 use crate::error::{Error, Result as Outcome};
 use crate::runtime::Runtime;
@@ -64,7 +65,8 @@ pub fn attend<A: Attention>(rt: &Arc<Runtime>, op: &A, qkv: [&Tensor; 3]) -> Res
     apply3(rt, Attend(op.clone()), qkv)
 }
 
-struct Attend<A>(A);
+/// The operation as candle sees it.
+pub(super) struct Attend<A>(pub A);
 
 impl<A: Attention> Op<3> for Attend<A> {
     const NAME: &'static str = A::NAME;
@@ -104,7 +106,8 @@ impl<A: Attention> Op<3> for Attend<A> {
     }
 }
 
-fn views<'a, E: Element>(
+/// Queries, keys and values with four dimensions.
+pub(super) fn views<'a, E: Element>(
     op: &'static str,
     [q, k, v]: &'a [Arg<'_, E>; 3],
 ) -> Outcome<[View<'a, E, 4>; 3]> {
@@ -148,6 +151,9 @@ recurrent!(LightningAttention, "lightning attention", |op, rt, [q, k, v], out| {
 recurrent!(LinearAttention, "linear attention", |op, rt, [q, k, v], out| {
     op.forward(rt, q, k, v, out, None)
 });
+recurrent!(PerformerAttention, "performer attention", |op, rt, [q, k, v], out| {
+    op.forward(rt, q, k, v, out, None)
+});
 
 /// Operations without a state.
 macro_rules! stateless {
@@ -178,64 +184,3 @@ macro_rules! stateless {
 }
 
 stateless!(SoftmaxAttention, "softmax attention");
-
-/// Softmax attention with a bias of the scaled scores (`[heads, queries, keys]`), otherwise as [`attend`]; differentiable in
-/// all four. The four are copied into one tensor on the way, because candle's interface takes three.
-///
-/// # Errors
-/// As [`attend`].
-pub fn attend_biased(
-    rt: &Arc<Runtime>,
-    op: &SoftmaxAttention,
-    [q, k, v]: [&Tensor; 3],
-    bias: &Tensor,
-) -> Result<Tensor> {
-    apply_packed(rt, Biased(*op), [q, k, v, bias])
-}
-
-struct Biased(SoftmaxAttention);
-
-impl Op<4> for Biased {
-    const NAME: &'static str = <SoftmaxAttention as Attention>::NAME;
-
-    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
-        Attend(self.0).shape([q, k, v])
-    }
-
-    fn forward<E: Element>(
-        &self,
-        rt: &Runtime,
-        [q, k, v, bias]: [Arg<'_, E>; 4],
-        out: &mut [E],
-    ) -> Outcome<()> {
-        let (qkv, bias) = ([q, k, v], bias.float());
-        let [q, k, v] = views(Self::NAME, &qkv)?;
-        let ([batch, len, heads, _], [.., dv]) = (q.shape(), v.shape());
-        let extra = Extra { bias: Some(bias.view(Self::NAME, "bias")?), ..Extra::default() };
-        let out = ViewMut::new(out, [batch, len, heads, dv])?;
-        self.0.forward_with(rt, q, k, v, out, extra)
-    }
-
-    fn backward<E: Element>(
-        &self,
-        rt: &Runtime,
-        [q, k, v, bias]: [Arg<'_, E>; 4],
-        dout: Arg<'_, E>,
-        [dq, dk, dv, dbias]: [&mut [E]; 4],
-    ) -> Outcome<()> {
-        let (qkv, bias) = ([q, k, v], bias.float());
-        let [q, k, v] = views(Self::NAME, &qkv)?;
-        let bias = bias.view(Self::NAME, "bias")?;
-        let grads = [
-            ViewMut::new(dq, q.shape())?,
-            ViewMut::new(dk, k.shape())?,
-            ViewMut::new(dv, v.shape())?,
-        ];
-        let dout = dout.view(Self::NAME, "dout")?;
-        let extra = Extra { bias: Some(bias), ..Extra::default() };
-        floats([dbias], |[dbias]| {
-            let dbias = Some(ViewMut::new(dbias, bias.shape())?);
-            self.0.backward_with(rt, q, k, v, dout, grads, extra, dbias)
-        })
-    }
-}

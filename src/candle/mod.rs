@@ -27,15 +27,17 @@ mod call;
 mod linear;
 mod minimax;
 mod norm;
+mod packed;
 mod positions;
 mod transformer;
 mod transnormer;
 
 pub use activation::activate;
-pub use attention::{Attention, attend, attend_biased};
+pub use attention::{Attention, attend};
 pub use linear::{Linear, linear};
 pub use minimax::MiniMaxLightning;
 pub use norm::{layer_norm, rms_norm, scale_norm, srms_norm};
+pub use packed::{attend_biased, focused};
 pub use positions::{lrpe, rope};
 pub use transformer::{Transformer, TransformerBlock};
 pub use transnormer::{GatedLinearAttention, Sglu, TransNormerBlock, TransNormerLlm};

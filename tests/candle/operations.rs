@@ -3,10 +3,11 @@
 use crate::support::{engines, rel_err, widen};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use linattn::Runtime;
+use linattn::attention::focused::FocusedConfig;
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
 use linattn::attention::softmax::SoftmaxAttention;
-use linattn::candle::{attend, attend_biased, linear};
+use linattn::candle::{attend, attend_biased, focused, linear};
 use linattn::tensor::Rng;
 use std::sync::Arc;
 
@@ -207,5 +208,39 @@ fn refusals_say_what_was_wrong() -> Result<()> {
     refuse(zeros(&[2, 3], f32)?, zeros(&[4, 3], f64)?, &["F32", "F64"]);
     refuse(zeros(&[2, 3], f32)?, zeros(&[3], f32)?, &["linear", "[.., inputs]"]);
     refuse(zeros(&[], f32)?, zeros(&[4, 3], f32)?, &["linear", "[.., inputs]"]);
+    Ok(())
+}
+
+#[test]
+fn focused_attention_trains_its_scale() -> Result<()> {
+    let seed = 16;
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let config = FocusedConfig { heads: 2, ..FocusedConfig::default() };
+    let shapes = [vec![1, 7, 2, 4], vec![1, 9, 2, 4], vec![1, 9, 2, 5], vec![8]];
+    let args = shapes.map(|s| Var::from_tensor(&random(&mut rng, &s)).expect("a variable"));
+    // By candle's own operations, with norms over the channels of both heads.
+    let want = gradients(&args, |t| {
+        let scale = (t[3].exp()? + 1.0)?.log()?;
+        let map = |x: &Tensor| {
+            let rows = (x.flatten_from(2)?.relu()? + 1e-6)?.broadcast_div(&scale)?;
+            let norm = |x: &Tensor| x.sqr()?.sum_keepdim(2)?.sqrt();
+            let power = rows.powf(3.0)?;
+            let rows = power.broadcast_mul(&(norm(&rows)? / norm(&power)?)?)?;
+            rows.reshape(x.shape())?.transpose(1, 2)?.contiguous()
+        };
+        let (q, k, v) = (map(&t[0])?, map(&t[1])?, t[2].transpose(1, 2)?.contiguous()?);
+        let weights = (q.matmul(&k.t()?)? / 9.0)?;
+        let sums = (weights.sum_keepdim(3)? + 1e-6)?;
+        weights.matmul(&v)?.broadcast_div(&sums)?.transpose(1, 2)
+    })?;
+    for engine in engines() {
+        let rt = Arc::new(engine.runtime());
+        let got = gradients(&args, |t| focused(&rt, config, [&t[0], &t[1], &t[2]], &t[3]))?;
+        for (got, want) in got.iter().zip(&want) {
+            let err = rel_err(got, &widen(want));
+            assert!(err <= engine.tolerance(1e-5, true), "{engine:?}: {err:.1e}");
+        }
+    }
     Ok(())
 }

@@ -1,0 +1,134 @@
+//! Operations of more than three tensors, which are copied into one on the way: candle's interface takes no more.
+
+use super::Result;
+use super::attention::{Attend, Attention, views};
+use super::call::{Arg, Op, apply_packed, floats};
+use crate::attention::focused::{FocusedConfig, FocusedLinearAttention};
+use crate::attention::softmax::{Extra, SoftmaxAttention};
+use crate::error::Result as Outcome;
+use crate::runtime::Runtime;
+use crate::tensor::{Element, ViewMut};
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// Softmax attention with a bias of the scaled scores (`[heads, queries, keys]`), otherwise as [`attend`]; differentiable in
+/// all four.
+///
+/// # Errors
+/// As [`attend`].
+pub fn attend_biased(
+    rt: &Arc<Runtime>,
+    op: &SoftmaxAttention,
+    [q, k, v]: [&Tensor; 3],
+    bias: &Tensor,
+) -> Result<Tensor> {
+    apply_packed(rt, Biased(*op), [q, k, v, bias])
+}
+
+struct Biased(SoftmaxAttention);
+
+impl Op<4> for Biased {
+    const NAME: &'static str = <SoftmaxAttention as Attention>::NAME;
+
+    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        Attend(self.0).shape([q, k, v])
+    }
+
+    fn forward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, bias]: [Arg<'_, E>; 4],
+        out: &mut [E],
+    ) -> Outcome<()> {
+        let (qkv, bias) = ([q, k, v], bias.float());
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let ([batch, len, heads, _], [.., dv]) = (q.shape(), v.shape());
+        let extra = Extra { bias: Some(bias.view(Self::NAME, "bias")?), ..Extra::default() };
+        let out = ViewMut::new(out, [batch, len, heads, dv])?;
+        self.0.forward_with(rt, q, k, v, out, extra)
+    }
+
+    fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, bias]: [Arg<'_, E>; 4],
+        dout: Arg<'_, E>,
+        [dq, dk, dv, dbias]: [&mut [E]; 4],
+    ) -> Outcome<()> {
+        let (qkv, bias) = ([q, k, v], bias.float());
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let bias = bias.view(Self::NAME, "bias")?;
+        let grads = [
+            ViewMut::new(dq, q.shape())?,
+            ViewMut::new(dk, k.shape())?,
+            ViewMut::new(dv, v.shape())?,
+        ];
+        let dout = dout.view(Self::NAME, "dout")?;
+        let extra = Extra { bias: Some(bias), ..Extra::default() };
+        floats([dbias], |[dbias]| {
+            let dbias = Some(ViewMut::new(dbias, bias.shape())?);
+            self.0.backward_with(rt, q, k, v, dout, grads, extra, dbias)
+        })
+    }
+}
+
+/// Focused linear attention, as [`FocusedLinearAttention`], with one `scale` per channel of all heads; differentiable in all
+/// four.
+///
+/// # Errors
+/// What the operation refuses, and element types that differ.
+pub fn focused(
+    rt: &Arc<Runtime>,
+    config: FocusedConfig,
+    [q, k, v]: [&Tensor; 3],
+    scale: &Tensor,
+) -> Result<Tensor> {
+    apply_packed(rt, Focused(config), [q, k, v, scale])
+}
+
+struct Focused(FocusedConfig);
+
+impl Focused {
+    fn op<E: Element>(&self, scale: &Arg<'_, E>) -> Outcome<FocusedLinearAttention> {
+        let scale = scale.float();
+        FocusedLinearAttention::new(self.0, scale.view::<1>(Self::NAME, "scale")?.row([0]))
+    }
+}
+
+impl Op<4> for Focused {
+    const NAME: &'static str = "focused linear attention";
+
+    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        Attend(SoftmaxAttention::new()).shape([q, k, v])
+    }
+
+    fn forward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, scale]: [Arg<'_, E>; 4],
+        out: &mut [E],
+    ) -> Outcome<()> {
+        let (op, qkv) = (self.op(&scale)?, [q, k, v]);
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let ([batch, len, heads, _], [.., dv]) = (q.shape(), v.shape());
+        op.forward(rt, q, k, v, ViewMut::new(out, [batch, len, heads, dv])?)
+    }
+
+    fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, scale]: [Arg<'_, E>; 4],
+        dout: Arg<'_, E>,
+        [dq, dk, dv, dscale]: [&mut [E]; 4],
+    ) -> Outcome<()> {
+        let (op, qkv) = (self.op(&scale)?, [q, k, v]);
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let grads = [
+            ViewMut::new(dq, q.shape())?,
+            ViewMut::new(dk, k.shape())?,
+            ViewMut::new(dv, v.shape())?,
+        ];
+        let dout = dout.view(Self::NAME, "dout")?;
+        floats([dscale], |[dscale]| op.backward(rt, q, k, v, dout, grads, Some(dscale)))
+    }
+}
