@@ -80,8 +80,12 @@ pub struct DepthwiseWeights<'a> {
     pub sums: &'a mut [f32],
 }
 
-/// Columns of a kernel whose sums stay in registers together.
-const TAPS: usize = 8;
+/// Most columns of a kernel whose sums stay in registers together.
+const TAPS: usize = 7;
+/// Output columns whose products are summed in registers.
+const WIDE: usize = 8;
+/// What lies outside of a map.
+static ZEROS: [f32; PANEL] = [0.0; PANEL];
 
 impl<B: Backend> Kernel<B> for DepthwiseWeights<'_> {
     type Output = ();
@@ -109,37 +113,40 @@ impl<B: Backend> Kernel<B> for DepthwiseWeights<'_> {
 }
 
 impl DepthwiseWeights<'_> {
-    /// The sums of a unit at tap `q`, for channels from `c` on.
-    #[inline(always)]
-    fn sums(&mut self, unit: usize, q: usize, c: usize) -> &mut [f32] {
-        &mut self.sums[(unit * self.size[1] + q) * PANEL + c..]
-    }
-
-    /// Taps `first .. first + K` of a row of kernels.
+    /// Taps `first .. first + K` of a row of kernels; one of them where windows do not lie side by side.
     #[inline(always)]
     fn row<L: Lanes, const K: usize>(&mut self, l: L, [unit, panel, p]: [usize; 3], first: usize) {
         const { assert!(K <= TAPS) };
         let ([batch, h, w, channels], [_, rows, columns, _]) = (self.x.shape(), self.dout.shape());
         let ([down, right], [above, left]) = (self.stride, self.padding);
+        let width = PANEL.min(channels - panel);
+        let sums = &mut self.sums[(unit * self.size[1] + first) * PANEL..][..K * PANEL];
         for (n, i) in (0..batch).flat_map(|n| (0..rows).map(move |i| (n, i))) {
             let Some(y) = (i * down + p).checked_sub(above).filter(|y| *y < h) else { continue };
-            for c in (0..PANEL.min(channels - panel)).step_by(L::N) {
-                let from = panel + c;
-                let to = channels.min(from + L::N);
-                let mut acc = [l.zero(); K];
-                for j in 0..columns {
-                    let d = l.load_head(&self.dout.row([n, i, j, 0])[from..to]);
-                    for (q, acc) in acc.iter_mut().enumerate() {
-                        let place = (j * right + first + q).checked_sub(left);
-                        if let Some(x) = place.filter(|x| *x < w) {
-                            let x = l.load_head(&self.x.row([n, y, x, 0])[from..to]);
-                            *acc = l.mul_add(d, x, *acc);
-                        }
+            for j in (0..columns).step_by(WIDE) {
+                // Rows of zeros stand for places outside of the maps.
+                let mut outs = [&ZEROS[..width]; WIDE];
+                for (t, out) in outs.iter_mut().enumerate().take(columns - j) {
+                    *out = &self.dout.row([n, i, j + t, 0])[panel..][..width];
+                }
+                let mut places = [&ZEROS[..width]; WIDE + TAPS - 1];
+                for (t, place) in places[..WIDE + K - 1].iter_mut().enumerate() {
+                    let x = ((j + t) * right + first).checked_sub(left);
+                    if let Some(x) = x.filter(|x| *x < w) {
+                        *place = &self.x.row([n, y, x, 0])[panel..][..width];
                     }
                 }
-                for (q, acc) in acc.into_iter().enumerate() {
-                    let sum = self.sums(unit, first + q, c);
-                    l.store(sum, l.add(l.load(sum), acc));
+                for c in (0..width).step_by(L::N) {
+                    let mut acc: [L::F; K] =
+                        core::array::from_fn(|q| l.load(&sums[q * PANEL + c..]));
+                    if c + L::N <= width {
+                        products(l, &outs, &places, &mut acc, |x| l.load(&x[c..]));
+                    } else {
+                        products(l, &outs, &places, &mut acc, |x| l.load_head(&x[c..]));
+                    }
+                    for (q, acc) in acc.into_iter().enumerate() {
+                        l.store(&mut sums[q * PANEL + c..], acc);
+                    }
                 }
             }
         }
@@ -156,9 +163,26 @@ impl DepthwiseWeights<'_> {
                 for j in 0..columns {
                     acc = l.add(acc, l.load_head(&self.dout.row([n, i, j, 0])[from..to]));
                 }
-                let sum = self.sums(unit, 0, c);
+                let sum = &mut self.sums[unit * self.size[1] * PANEL + c..];
                 l.store(sum, l.add(l.load(sum), acc));
             }
+        }
+    }
+}
+
+/// `acc[q] += sum_t outs[t] places[t + q]`
+#[inline(always)]
+fn products<L: Lanes, const K: usize>(
+    l: L,
+    outs: &[&[f32]; WIDE],
+    places: &[&[f32]; WIDE + TAPS - 1],
+    acc: &mut [L::F; K],
+    load: impl Fn(&[f32]) -> L::F,
+) {
+    for t in 0..WIDE {
+        let out = load(outs[t]);
+        for q in 0..K {
+            acc[q] = l.mul_add(out, load(places[t + q]), acc[q]);
         }
     }
 }
