@@ -125,6 +125,10 @@ impl StreamState for KvCache {
         let [batch, heads, dk, dv] = self.shape();
         batch * heads * self.len * (dk + dv) * size_of::<f32>()
     }
+    fn bytes_at(&self, len: usize) -> usize {
+        let [batch, heads, dk, dv] = self.shape();
+        (batch * heads * (dk + dv) * size_of::<f32>()).saturating_mul(len)
+    }
     fn reset(&mut self) {
         self.len = 0;
     }

@@ -133,6 +133,9 @@ impl TokenMerging {
         let ([_, width], n) = (x.shape(), self.others.len());
         let tokens = [self.tokens(), width];
         expect_shape(OP, "x", "[tokens, width]", tokens, x.shape())?;
+        if width == 0 {
+            return Err(Error::shape(OP, "x", "tokens of at least one element", x.shape()));
+        }
         expect_shape(OP, "order", "[others]", [n], [order.len()])?;
         expect_shape(OP, "best", "[others]", [n], [best.len()])?;
         let bytes = bytes_of::<f32>(tokens[0] * width) + bytes_of::<f32>(n);

@@ -18,6 +18,13 @@ pub trait StreamState: Clone + Debug + Send + Sync {
     /// Memory of the contents, in bytes.
     fn bytes(&self) -> usize;
 
+    /// Memory that the contents would take after `len` tokens, in bytes: what a saved state must bring along before
+    /// memory is taken for it.
+    fn bytes_at(&self, len: usize) -> usize {
+        let _ = len;
+        self.bytes()
+    }
+
     /// Forgets everything.
     fn reset(&mut self);
 

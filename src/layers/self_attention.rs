@@ -72,6 +72,9 @@ impl StreamState for SelfAttentionState {
     fn bytes(&self) -> usize {
         each_state!(self, s => StreamState::bytes(s))
     }
+    fn bytes_at(&self, len: usize) -> usize {
+        each_state!(self, s => s.bytes_at(len))
+    }
     fn reset(&mut self) {
         each_state!(self, s => StreamState::reset(s))
     }

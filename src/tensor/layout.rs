@@ -25,11 +25,11 @@ impl<const N: usize> Layout<N> {
                 )
             })?;
         }
-        Ok(Self { shape, strides })
+        Ok(Self { shape, strides }.without_steps())
     }
 
     /// Any strides, as long as the innermost is 1 (or its dimension has at most one element) and the last
-    /// index fits in `isize`.
+    /// index fits in `isize`. The product of the extents has to be within `usize`, repeated elements included.
     pub fn strided(shape: [usize; N], strides: [usize; N]) -> Result<Self> {
         let layout = Self { shape, strides };
         if N > 0 && shape[N - 1] > 1 && strides[N - 1] != 1 {
@@ -40,8 +40,17 @@ impl<const N: usize> Layout<N> {
                 alloc::format!("{strides:?} for shape {shape:?}"),
             ));
         }
+        Self::contiguous(shape)?;
         layout.span()?;
-        Ok(layout)
+        Ok(layout.without_steps())
+    }
+
+    /// Nothing is stepped over where there is nothing: rows of no columns all begin at the first element.
+    fn without_steps(self) -> Self {
+        if !self.is_empty() {
+            return self;
+        }
+        Self { strides: core::array::from_fn(|d| usize::from(d + 1 == N)), ..self }
     }
 
     /// One past the largest offset, 0 for an empty shape.

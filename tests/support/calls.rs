@@ -13,11 +13,16 @@ use linattn::attention::performer::{PerformerAttention, PerformerConfig};
 use linattn::attention::quadratic::{self, Factor, QuadraticAttention, ScoreActivation};
 use linattn::attention::softmax::{self, SoftmaxAttention};
 use linattn::attention::{Mask, State, StreamState};
+use linattn::io::TensorSource;
+use linattn::layers::agent1d::{AgentSelfAttention, AgentSelfAttentionConfig};
+use linattn::layers::flash::{Flash, FlashConfig, FlashForm, GateNorm};
+use linattn::layers::vision::{Mechanism as Mixing, Scope, VisionAttention, VisionAttentionConfig};
 use linattn::layers::{
     Activation, Conv2d, Conv2dConfig, DepthwiseConfig, DepthwiseConv2d, FeedForward,
-    FeedForwardConfig, Linear, Lrpe, Norm, Positions, Resample, Rope, RopeStyle, WeightFormat,
+    FeedForwardConfig, Linear, Lrpe, Mechanism, Norm, Parameters, Positions, Resample, Rope,
+    RopeStyle, SelfAttention, SelfAttentionConfig, WeightFormat,
 };
-use linattn::tensor::Element;
+use linattn::tensor::{Element, Rng, Tensor};
 use linattn::{Result, Runtime};
 
 /// Extents of a call; operations take what they know.
@@ -56,7 +61,7 @@ pub fn attention<E: Element>() -> Vec<(&'static str, Call)> {
 }
 
 /// What layers are made of.
-pub const LAYERS: [(&str, Call); 14] = [
+pub const LAYERS: [(&str, Call); 19] = [
     ("map of f32", map::<0>),
     ("map of bf16", map::<1>),
     ("map of int8", map::<2>),
@@ -71,6 +76,11 @@ pub const LAYERS: [(&str, Call); 14] = [
     ("convolution", conv),
     ("resampling", resample),
     ("token merging", merge),
+    ("the way back", unmerge),
+    ("self-attention", self_attention),
+    ("attention of a map", vision_attention),
+    ("agents of a sequence", agent_sequence),
+    ("FLASH", flash),
 ];
 
 fn softmax<E: Element>(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
@@ -313,10 +323,95 @@ fn merge(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
     let op = TokenMerging::new(map, [2.min(map[0]), 2.min(map[1])])?;
     let (mut order, mut best) = (vec![0; op.others()], vec![0; op.others()]);
     let (x, r) = (m.input([op.tokens(), s.dk]), op.count(0.3));
-    let (short, long) = (m.output([op.tokens() - r, s.dk]), m.output([op.tokens(), s.dk]));
-    m.call(|| {
-        let matching = op.matching(rt, x, &mut order, &mut best)?;
-        matching.merge(r, x, short)?;
-        matching.unmerge(0, x, long)
-    })
+    let out = m.output([op.tokens() - r, s.dk]);
+    m.call(|| op.matching(rt, x, &mut order, &mut best)?.merge(r, x, out))
+}
+
+fn unmerge(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let map = side(s);
+    let op = TokenMerging::new(map, [2.min(map[0]), 2.min(map[1])])?;
+    let (mut order, mut best) = (vec![0; op.others()], vec![0; op.others()]);
+    let (x, out) = (m.input([op.tokens(), s.dk]), m.output([op.tokens(), s.dk]));
+    let matching = op.matching(rt, x, &mut order, &mut best)?;
+    m.call(|| matching.unmerge(0, x, out))
+}
+
+/// Tensors of any name and shape, random and of unit gain.
+struct Anything;
+
+impl TensorSource for Anything {
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+    fn tensor<const N: usize>(&self, name: &str, shape: [usize; N]) -> Result<Tensor<N>> {
+        let mut out = Tensor::zeros(shape)?;
+        let mut rng = Rng::new(name.bytes().fold(5, |h, b| h * 31 % 65537 + u64::from(b)));
+        rng.fill_normal(out.as_mut_slice(), (shape[N - 1].max(1) as f32).powf(-0.5));
+        Ok(out)
+    }
+}
+
+fn self_attention(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let (wide, shared) = (2 * s.heads * 6, s.heads * 6);
+    let linear = |name, n, k| Parameters::new(&Anything).linear(name, [n, k], true);
+    let maps = [
+        linear("q", wide, s.dk)?,
+        linear("k", shared, s.dk)?,
+        linear("v", shared, s.dk)?,
+        linear("o", s.dk, wide)?,
+    ];
+    let (heads, kv_heads) = (2 * s.heads, s.heads);
+    let config = SelfAttentionConfig { dim: s.dk, heads, kv_heads, head_dim: 6, causal: true };
+    let rope = Rope::new(RopeStyle::Half, 4, 1e4)?;
+    let op = SelfAttention::new(config, maps, Some(rope), Mechanism::Softmax)?;
+    let (x, out) = (m.input([s.batch, s.len, s.dk]), m.output([s.batch, s.len, s.dk]));
+    let mut state = op.new_state(s.batch)?;
+    m.call(|| op.forward(rt, x, out, Some(&mut state)))
+}
+
+fn vision_attention(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let config = VisionAttentionConfig {
+        dim: 4 * s.heads,
+        heads: s.heads,
+        map: [4, 4],
+        scope: Scope::Whole { class_token: false },
+        mechanism: Mixing::Agent { agents: 4 },
+        qkv_bias: true,
+    };
+    let op = VisionAttention::load(config, &Parameters::new(&Anything))?;
+    let shape = [s.batch, config.tokens(), config.dim];
+    let (x, out) = (m.input(shape), m.output(shape));
+    m.call(|| op.forward(rt, x, out))
+}
+
+fn agent_sequence(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let config = AgentSelfAttentionConfig {
+        dim: s.dk,
+        heads: s.heads,
+        dim_head: 5,
+        agents: 4,
+        talking_heads: true,
+        gate: true,
+    };
+    let op = AgentSelfAttention::load(config, &Parameters::new(&Anything))?;
+    let (x, out) = (m.input([s.batch, s.len, s.dk]), m.output([s.batch, s.len, s.dk]));
+    m.call(|| op.forward(rt, x, out))
+}
+
+fn flash(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let config = FlashConfig {
+        form: FlashForm::Package { shift_tokens: true, rotary_dim: 6, own_chunk: false },
+        dim: s.dk,
+        query_key_dim: 10,
+        hidden: s.dv,
+        group_size: 8,
+        causal: true,
+        act: ScoreActivation::Laplace,
+        norm: GateNorm::Layer,
+        eps: 1e-5,
+    };
+    let op = Flash::from_parameters(config, &Parameters::new(&Anything))?;
+    let (x, out) = (m.input([s.batch, s.len, s.dk]), m.output([s.batch, s.len, s.dk]));
+    let mut state = op.new_state(s.batch)?;
+    m.call(|| op.forward(rt, x, out, Some(&mut state)))
 }

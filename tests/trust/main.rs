@@ -1,8 +1,10 @@
 //! What must hold for every operation, whatever it computes.
 #![cfg(target_os = "linux")]
 
+mod arguments;
 #[path = "../support/calls.rs"]
 mod calls;
+mod definitions;
 mod guard_pages;
 #[path = "../support/memory.rs"]
 mod memory;

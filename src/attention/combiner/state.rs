@@ -83,6 +83,9 @@ impl StreamState for CombinerState {
         let own = batch * heads * (self.open() * (dk + dv) + 2 * dk);
         self.summaries.bytes() + own * size_of::<f32>()
     }
+    fn bytes_at(&self, len: usize) -> usize {
+        self.summaries.bytes_at(len / self.segment())
+    }
     fn reset(&mut self) {
         self.summaries.reset();
         self.len = 0;

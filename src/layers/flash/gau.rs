@@ -151,6 +151,10 @@ impl StreamState for GauState {
     fn bytes(&self) -> usize {
         self.bytes()
     }
+    fn bytes_at(&self, len: usize) -> usize {
+        let most = self.k.shape()[1].max(1);
+        self.bytes() / most * len.min(most)
+    }
     fn reset(&mut self) {
         self.reset();
     }

@@ -199,7 +199,8 @@ mod file {
         ///
         /// # Errors
         /// [`Error::State`] if it belongs to another format version, element type, configuration or batch, or was
-        /// damaged; [`Error::Io`] if the reader fails or ends early. The state is as it was then.
+        /// damaged; [`Error::Io`] if the reader fails or ends early. The state is as it was then. No memory is taken for
+        /// more than was read.
         pub fn restore(&mut self, from: impl Read) -> Result<()> {
             let sum = Fnv::default();
             let mut from = Stream { inner: from, sum };
@@ -220,6 +221,15 @@ mod file {
             // Before any memory is taken for a length that may be wrong.
             from.demand_sum()?;
             let len = usize::try_from(len).map_err(|_| refuse("position", "within usize", len))?;
+            let least = self.layers.iter().map(|l| l.bytes_at(len)).fold(0, usize::saturating_add);
+            let mut held = Vec::new();
+            let Stream { mut inner, sum } = from;
+            // The contents come first, then the memory that their length asks for.
+            (&mut inner).take(least as u64).read_to_end(&mut held).map_err(io)?;
+            if held.len() < least {
+                return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            let mut from = Stream { inner: held.as_slice().chain(inner), sum };
             let mut layers = Vec::new();
             let mut bytes = [0; 4 * PIECE];
             for layer in &self.layers {

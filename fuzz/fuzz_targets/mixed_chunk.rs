@@ -1,0 +1,4 @@
+#![no_main]
+//! See [`linattn_fuzz::operations::mixed_chunk`].
+
+libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::mixed_chunk(call));

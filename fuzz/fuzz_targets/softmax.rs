@@ -1,0 +1,4 @@
+#![no_main]
+//! See [`linattn_fuzz::operations::softmax`].
+
+libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::softmax(call));
