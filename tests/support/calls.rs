@@ -373,7 +373,7 @@ fn vision_attention(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
     let config = VisionAttentionConfig {
         dim: 4 * s.heads,
         heads: s.heads,
-        map: [4, 4],
+        map: [8, 8],
         scope: Scope::Whole { class_token: false },
         mechanism: Mixing::Agent { agents: 4 },
         qkv_bias: true,
