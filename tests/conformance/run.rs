@@ -64,8 +64,8 @@ pub fn on_every_engine(case: &Case, system: System, prefix: &'static str) -> Res
     if case.config.get("chunk").is_some() {
         hints.push(Some(case.size("chunk")));
     }
-    // Layers and models have a name of two parts.
-    let operation = !case.system.contains('.') && case.system != "checkpoint";
+    // Layers and models have a name of two parts; gradients go through as many products as a layer.
+    let operation = !case.system.contains('.') && case.system != "checkpoint" && prefix == "out.";
     for engine in engines() {
         let (rt, isa) = (engine.runtime(), format!("{} {}", engine.isa, engine.name()));
         let errors = RefCell::default();

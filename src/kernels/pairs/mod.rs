@@ -49,14 +49,14 @@ impl PairShape {
         self.lq.min(ROWS)
     }
 
-    /// Floats of scores; packed keys for scores; packed values and keys; bytes of products.
-    fn lens<B: Backend>(&self) -> (usize, usize, [usize; 2], usize) {
+    /// Floats of scores; keys and values packed as scores are computed, and as other products are; bytes of products.
+    fn lens<B: Backend>(&self) -> (usize, [usize; 2], [usize; 2], usize) {
         let Self { lk, dk, dv, .. } = *self;
         let m = self.rows();
         let (t_left, t_right) = (<B::T as Tiles>::left_len, B::T::right_len);
         let products = [
             gemm_bytes::<B::S>(m, dk),
-            gemm_bytes::<B::T>(m, dv),
+            gemm_bytes::<B::S>(m, dv),
             // Fewer keys or queries may meet, in blocks of more rows.
             bytes_of::<Elem<B>>(t_left(m, lk.min(B::T::DEPTH))),
             gemm_bytes::<B::T>(m, lk),
@@ -64,8 +64,8 @@ impl PairShape {
         ];
         (
             m * stride(lk),
-            B::S::right_len(dk, lk),
-            [B::T::right_len(dv, lk).max(B::T::right_len(lk, dv)), B::T::right_len(lk, dk)],
+            [B::S::right_len(dk, lk), B::S::right_len(dv, lk)],
+            [B::T::right_len(lk, dv), B::T::right_len(lk, dk)],
             products.into_iter().max().unwrap_or(0),
         )
     }
@@ -75,7 +75,7 @@ impl PairShape {
     pub fn bytes<B: Backend>(&self) -> usize {
         let (scores, keys, packed, products) = self.lens::<B>();
         2 * bytes_of::<f32>(scores)
-            + bytes_of::<ScoreElem<B>>(keys)
+            + keys.map(bytes_of::<ScoreElem<B>>).iter().sum::<usize>()
             + packed.map(bytes_of::<Elem<B>>).iter().sum::<usize>()
             + bytes_of::<usize>(self.lk)
             + bytes_of::<u8>(products)
@@ -86,8 +86,10 @@ impl PairShape {
 pub struct PairWork<'a, B: Backend> {
     scores: &'a mut [f32],
     dp: &'a mut [f32],
-    /// `K^T` for scores, `V^T` and `K`.
+    /// `K^T` and `V^T`: `dP` loses most of itself to its mean over a row, and is formed as the scores are.
     score_keys: &'a mut [ScoreElem<B>],
+    score_values: &'a mut [ScoreElem<B>],
+    /// `V` and `K`
     values: &'a mut [Elem<B>],
     keys: &'a mut [Elem<B>],
     list: &'a mut [usize],
@@ -142,10 +144,10 @@ impl<'a, B: Backend> PairWork<'a, B> {
     pub fn new(shape: PairShape, cut: &mut Cut<'a>) -> Self {
         let (scores, keys, packed, products) = shape.lens::<B>();
         let [scores, dp] = [scores; 2].map(|n| cut.take(n));
-        let score_keys = cut.take(keys);
+        let [score_keys, score_values] = keys.map(|n| cut.take(n));
         let [values, keys] = packed.map(|n| cut.take(n));
         let (list, products) = (cut.take(shape.lk), cut.take(products));
-        Self { scores, dp, score_keys, values, keys, list, products, finite: true }
+        Self { scores, dp, score_keys, score_values, values, keys, list, products, finite: true }
     }
 
     /// Packs the keys and values of a head; they may be used by any number of heads of queries.
@@ -155,7 +157,7 @@ impl<'a, B: Backend> PairWork<'a, B> {
         let src = Source::Columns(keys, k_stride);
         b.call(Pack { tiles: b.scores(), src, k: dk, n: lk, dst: &mut *self.score_keys });
         let src = Source::Columns(values, v_stride);
-        b.call(Pack { tiles: b.tiles(), src, k: dv, n: lk, dst: &mut *self.values });
+        b.call(Pack { tiles: b.scores(), src, k: dv, n: lk, dst: &mut *self.score_values });
         let src = Source::Rows(keys, k_stride);
         b.call(Pack { tiles: b.tiles(), src, k: lk, n: dk, dst: &mut *self.keys });
         self.finite = b.call(Finite(k)) && b.call(Finite(v));
@@ -242,10 +244,10 @@ impl<'a, B: Backend> PairWork<'a, B> {
         let (stride, scale) = (stride(width), rule.scale);
         self.score(b, q, width);
         let products = &mut *self.products;
-        let right = B::T::right(&*self.values, e);
+        let right = B::S::right(&*self.score_values, e);
         let store = Store::new(square(self.dp, [m, width], stride));
         let product = Gemm { m, k: e, n: width, left: rows(dout), right, store };
-        gemm(b, t, product, &mut Cut::new(&mut *products));
+        gemm(b, b.scores(), product, &mut Cut::new(&mut *products));
         b.call(LinkRows {
             rule,
             rows: [first, m],
