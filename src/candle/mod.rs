@@ -24,6 +24,7 @@
 mod activation;
 mod attention;
 mod call;
+mod flash;
 mod linear;
 mod minimax;
 mod norm;
@@ -34,10 +35,11 @@ mod transnormer;
 
 pub use activation::activate;
 pub use attention::{Attention, attend};
+pub use flash::{mixed_chunk, quadratic};
 pub use linear::{Linear, linear};
 pub use minimax::MiniMaxLightning;
 pub use norm::{layer_norm, rms_norm, scale_norm, srms_norm};
-pub use packed::{attend_biased, focused};
+pub use packed::{agent, attend_biased, focused};
 pub use positions::{lrpe, rope};
 pub use transformer::{Transformer, TransformerBlock};
 pub use transnormer::{GatedLinearAttention, Sglu, TransNormerBlock, TransNormerLlm};

@@ -3,6 +3,7 @@
 use super::Result;
 use super::attention::{Attend, Attention, views};
 use super::call::{Arg, Op, apply_packed, floats};
+use crate::attention::agent::AgentAttention;
 use crate::attention::focused::{FocusedConfig, FocusedLinearAttention};
 use crate::attention::softmax::{Extra, SoftmaxAttention};
 use crate::error::Result as Outcome;
@@ -130,5 +131,58 @@ impl Op<4> for Focused {
         ];
         let dout = dout.view(Self::NAME, "dout")?;
         floats([dscale], |[dscale]| op.backward(rt, q, k, v, dout, grads, Some(dscale)))
+    }
+}
+
+/// Agent attention, as [`AgentAttention`]; `agents`: `[batch, n, heads, dk]`; differentiable in all four.
+///
+/// # Errors
+/// What the operation refuses, and element types that differ.
+pub fn agent(
+    rt: &Arc<Runtime>,
+    op: &AgentAttention,
+    [q, k, v]: [&Tensor; 3],
+    agents: &Tensor,
+) -> Result<Tensor> {
+    apply_packed(rt, Agents(*op), [q, k, v, agents])
+}
+
+struct Agents(AgentAttention);
+
+impl Op<4> for Agents {
+    const NAME: &'static str = "agent attention";
+
+    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        Attend(SoftmaxAttention::new()).shape([q, k, v])
+    }
+
+    fn forward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, agents]: [Arg<'_, E>; 4],
+        out: &mut [E],
+    ) -> Outcome<()> {
+        let (qkv, agents) = ([q, k, v], agents.view(Self::NAME, "agents")?);
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let ([batch, len, heads, _], [.., dv]) = (q.shape(), v.shape());
+        self.0.forward(rt, q, k, v, agents, ViewMut::new(out, [batch, len, heads, dv])?)
+    }
+
+    fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [q, k, v, agents]: [Arg<'_, E>; 4],
+        dout: Arg<'_, E>,
+        [dq, dk, dv, dagents]: [&mut [E]; 4],
+    ) -> Outcome<()> {
+        let (qkv, agents) = ([q, k, v], agents.view(Self::NAME, "agents")?);
+        let [q, k, v] = views(Self::NAME, &qkv)?;
+        let grads = [
+            ViewMut::new(dq, q.shape())?,
+            ViewMut::new(dk, k.shape())?,
+            ViewMut::new(dv, v.shape())?,
+            ViewMut::new(dagents, agents.shape())?,
+        ];
+        self.0.backward(rt, q, k, v, agents, dout.view(Self::NAME, "dout")?, grads)
     }
 }

@@ -3,11 +3,14 @@
 use crate::support::{engines, rel_err, widen};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use linattn::Runtime;
+use linattn::attention::agent::AgentAttention;
 use linattn::attention::focused::FocusedConfig;
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
+use linattn::attention::mixed_chunk::{MixedChunkAttention, MixedChunkConfig};
+use linattn::attention::quadratic::{Factor, QuadraticAttention};
 use linattn::attention::softmax::SoftmaxAttention;
-use linattn::candle::{attend, attend_biased, focused, linear};
+use linattn::candle::{agent, attend, attend_biased, focused, linear, mixed_chunk, quadratic};
 use linattn::tensor::Rng;
 use std::sync::Arc;
 
@@ -237,6 +240,63 @@ fn focused_attention_trains_its_scale() -> Result<()> {
     for engine in engines() {
         let rt = Arc::new(engine.runtime());
         let got = gradients(&args, |t| focused(&rt, config, [&t[0], &t[1], &t[2]], &t[3]))?;
+        for (got, want) in got.iter().zip(&want) {
+            let err = rel_err(got, &widen(want));
+            assert!(err <= engine.tolerance(1e-5, true), "{engine:?}: {err:.1e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_arguments_pass_through_the_operations_own_gradients() -> Result<()> {
+    let seed = 17;
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let rt = Arc::new(Runtime::new().expect("a runtime"));
+    // Mixed chunk attention whose one chunk holds everything is quadratic attention.
+    let (len, s, e) = (12, 4, 6);
+    let shapes = [vec![2, len, s], vec![2, len, s], vec![2, len, e], vec![2 * len - 1]];
+    let args = shapes.map(|s| Var::from_tensor(&random(&mut rng, &s)).expect("a variable"));
+    let config =
+        MixedChunkConfig { lin_scale: Factor::Value(0.0), ..MixedChunkConfig::paper(len, true) };
+    let chunked = MixedChunkAttention::new(config).expect("a configuration");
+    let whole = QuadraticAttention::new(config.act, Factor::Value(config.quad_scale));
+    let whole = whole.expect("a factor").causal();
+    for n in [3, 4] {
+        let got = gradients(&args[..n], |t| {
+            let still = t[0].detach();
+            mixed_chunk(&rt, &chunked, [&t[0], &t[1], &still, &still], &t[2], t.get(3))
+        })?;
+        let want =
+            gradients(&args[..n], |t| quadratic(&rt, &whole, [&t[0], &t[1], &t[2]], t.get(3)))?;
+        for (got, want) in got.iter().zip(&want) {
+            let err = rel_err(got, &widen(want));
+            assert!(err <= 1e-5, "{err:.1e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn agents_have_the_gradients_of_candle() -> Result<()> {
+    let seed = 18;
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let shapes = [vec![1, 7, 2, 4], vec![1, 9, 2, 4], vec![1, 9, 2, 5], vec![1, 3, 2, 4]];
+    let args = shapes.map(|s| Var::from_tensor(&random(&mut rng, &s)).expect("a variable"));
+    let want = gradients(&args, |t| {
+        let turned = t.iter().map(|x| x.transpose(1, 2)?.contiguous());
+        let turned = turned.collect::<Result<Vec<_>>>()?;
+        let weigh =
+            |a: &Tensor, b: &Tensor| candle_nn::ops::softmax(&(a.matmul(&b.t()?)? * 0.5)?, 3);
+        let values = weigh(&turned[3], &turned[1])?.matmul(&turned[2])?;
+        weigh(&turned[0], &turned[3])?.matmul(&values)?.transpose(1, 2)
+    })?;
+    for engine in engines() {
+        let rt = Arc::new(engine.runtime());
+        let op = AgentAttention::new();
+        let got = gradients(&args, |t| agent(&rt, &op, [&t[0], &t[1], &t[2]], &t[3]))?;
         for (got, want) in got.iter().zip(&want) {
             let err = rel_err(got, &widen(want));
             assert!(err <= engine.tolerance(1e-5, true), "{engine:?}: {err:.1e}");
