@@ -12,7 +12,6 @@ use linattn::tensor::Rng;
 use linattn::{Error, Runtime};
 use peak_alloc::PeakAlloc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -32,17 +31,14 @@ fn file(header: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
 
 /// What a file of `bytes` may take besides itself: a kibibyte is told from a gigabyte.
 const ROOM: usize = 1 << 20;
-/// Far more than it takes, on a busy machine too; far less than a loop over a size that the file claims.
-const SOON: Duration = Duration::from_secs(2);
 
-/// Runs `read` within the bounds of time and memory for a file of `len` bytes.
+/// Runs `read` within the memory that a file of `len` bytes may take.
 #[track_caller]
 fn bounded<T>(what: &str, len: usize, read: impl FnOnce() -> T) -> T {
-    let (before, start) = (MEMORY.current_usage(), Instant::now());
+    let before = MEMORY.current_usage();
     MEMORY.reset_peak_usage();
     let out = read();
-    let (took, peak) = (start.elapsed(), MEMORY.peak_usage().saturating_sub(before));
-    assert!(took < SOON, "{what}: took {took:?}");
+    let peak = MEMORY.peak_usage().saturating_sub(before);
     assert!(peak <= len + ROOM, "{what}: took {peak} bytes for a file of {len}");
     out
 }

@@ -88,14 +88,14 @@ mod nested {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    /// Runs `work` elsewhere; panics if it takes more than a minute.
+    /// Runs `work` elsewhere; panics if it takes so long, under an emulator too, that it must be stuck.
     fn watched(work: impl FnOnce() + Send + 'static) {
         let (done, wait) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             work();
             done.send(()).expect("a listener");
         });
-        let timeout = wait.recv_timeout(Duration::from_secs(60));
+        let timeout = wait.recv_timeout(Duration::from_secs(900));
         if timeout == Err(mpsc::RecvTimeoutError::Timeout) {
             panic!("threads wait for each other");
         }
