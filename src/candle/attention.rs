@@ -72,10 +72,7 @@ impl<A: Attention> Op<3> for Attend<A> {
     const NAME: &'static str = A::NAME;
 
     fn shape(&self, [q, _, v]: [&[usize]; 3]) -> Outcome<Vec<usize>> {
-        match (q, v) {
-            (&[batch, len, heads, _], &[_, _, _, dv]) => Ok(vec![batch, len, heads, dv]),
-            _ => Err(Error::shape(A::NAME, "q, k, v", "[batch, len, heads, dim]", (q, v))),
-        }
+        shape(A::NAME, q, v)
     }
 
     fn forward<E: Element>(
@@ -96,12 +93,8 @@ impl<A: Attention> Op<3> for Attend<A> {
         dout: Arg<'_, E>,
         [dq, dk, dv]: [&mut [E]; 3],
     ) -> Outcome<()> {
-        let qkv @ [q, k, v] = views(A::NAME, &args)?;
-        let grads = [
-            ViewMut::new(dq, q.shape())?,
-            ViewMut::new(dk, k.shape())?,
-            ViewMut::new(dv, v.shape())?,
-        ];
+        let qkv = views(A::NAME, &args)?;
+        let grads = like(qkv, [dq, dk, dv])?;
         self.0.gradients(rt, qkv, dout.view(A::NAME, "dout")?, grads)
     }
 }
@@ -112,6 +105,23 @@ pub(super) fn views<'a, E: Element>(
     [q, k, v]: &'a [Arg<'_, E>; 3],
 ) -> Outcome<[View<'a, E, 4>; 3]> {
     Ok([q.view(op, "q")?, k.view(op, "k")?, v.view(op, "v")?])
+}
+
+/// The shape of the result: `[batch, queries, heads, dv]`.
+pub(super) fn shape(op: &'static str, q: &[usize], v: &[usize]) -> Outcome<Vec<usize>> {
+    match (q, v) {
+        (&[batch, len, heads, _], &[_, _, _, dv]) => Ok(vec![batch, len, heads, dv]),
+        _ => Err(Error::shape(op, "q, k, v", "[batch, len, heads, dim]", (q, v))),
+    }
+}
+
+/// Gradients in the shapes of their inputs.
+pub(super) fn like<'a, E: Element>(
+    [q, k, v]: [View<'_, E, 4>; 3],
+    [dq, dk, dv]: [&'a mut [E]; 3],
+) -> Outcome<[ViewMut<'a, E, 4>; 3]> {
+    let like = |x: View<'_, E, 4>, dx| ViewMut::new(dx, x.shape());
+    Ok([like(q, dq)?, like(k, dk)?, like(v, dv)?])
 }
 
 /// Operations with a state: sequences start from an empty one.

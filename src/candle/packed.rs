@@ -1,7 +1,7 @@
 //! Operations of more than three tensors, which are copied into one on the way: candle's interface takes no more.
 
 use super::Result;
-use super::attention::{Attend, Attention, views};
+use super::attention::{Attention, like, shape, views};
 use super::call::{Arg, Op, apply_packed, floats};
 use crate::attention::agent::AgentAttention;
 use crate::attention::focused::{FocusedConfig, FocusedLinearAttention};
@@ -31,8 +31,8 @@ struct Biased(SoftmaxAttention);
 impl Op<4> for Biased {
     const NAME: &'static str = <SoftmaxAttention as Attention>::NAME;
 
-    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
-        Attend(self.0).shape([q, k, v])
+    fn shape(&self, [q, _, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        shape(Self::NAME, q, v)
     }
 
     fn forward<E: Element>(
@@ -59,11 +59,7 @@ impl Op<4> for Biased {
         let (qkv, bias) = ([q, k, v], bias.float());
         let [q, k, v] = views(Self::NAME, &qkv)?;
         let bias = bias.view(Self::NAME, "bias")?;
-        let grads = [
-            ViewMut::new(dq, q.shape())?,
-            ViewMut::new(dk, k.shape())?,
-            ViewMut::new(dv, v.shape())?,
-        ];
+        let grads = like([q, k, v], [dq, dk, dv])?;
         let dout = dout.view(Self::NAME, "dout")?;
         let extra = Extra { bias: Some(bias), ..Extra::default() };
         floats([dbias], |[dbias]| {
@@ -99,8 +95,8 @@ impl Focused {
 impl Op<4> for Focused {
     const NAME: &'static str = "focused linear attention";
 
-    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
-        Attend(SoftmaxAttention::new()).shape([q, k, v])
+    fn shape(&self, [q, _, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        shape(Self::NAME, q, v)
     }
 
     fn forward<E: Element>(
@@ -124,11 +120,7 @@ impl Op<4> for Focused {
     ) -> Outcome<()> {
         let (op, qkv) = (self.op(&scale)?, [q, k, v]);
         let [q, k, v] = views(Self::NAME, &qkv)?;
-        let grads = [
-            ViewMut::new(dq, q.shape())?,
-            ViewMut::new(dk, k.shape())?,
-            ViewMut::new(dv, v.shape())?,
-        ];
+        let grads = like([q, k, v], [dq, dk, dv])?;
         let dout = dout.view(Self::NAME, "dout")?;
         floats([dscale], |[dscale]| op.backward(rt, q, k, v, dout, grads, Some(dscale)))
     }
@@ -152,8 +144,8 @@ struct Agents(AgentAttention);
 impl Op<4> for Agents {
     const NAME: &'static str = "agent attention";
 
-    fn shape(&self, [q, k, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
-        Attend(SoftmaxAttention::new()).shape([q, k, v])
+    fn shape(&self, [q, _, v, _]: [&[usize]; 4]) -> Outcome<Vec<usize>> {
+        shape(Self::NAME, q, v)
     }
 
     fn forward<E: Element>(
@@ -177,12 +169,8 @@ impl Op<4> for Agents {
     ) -> Outcome<()> {
         let (qkv, agents) = ([q, k, v], agents.view(Self::NAME, "agents")?);
         let [q, k, v] = views(Self::NAME, &qkv)?;
-        let grads = [
-            ViewMut::new(dq, q.shape())?,
-            ViewMut::new(dk, k.shape())?,
-            ViewMut::new(dv, v.shape())?,
-            ViewMut::new(dagents, agents.shape())?,
-        ];
+        let [dq, dk, dv] = like([q, k, v], [dq, dk, dv])?;
+        let grads = [dq, dk, dv, ViewMut::new(dagents, agents.shape())?];
         self.0.backward(rt, q, k, v, agents, dout.view(Self::NAME, "dout")?, grads)
     }
 }

@@ -33,10 +33,6 @@ pub fn rope(rt: &Arc<Runtime>, x: &Tensor, rope: &Rope, start: usize) -> Result<
     apply1(rt, Rotary { rope: rope.clone(), start }, x)
 }
 
-fn heads<'a, E: Element>(op: &'static str, x: &'a Arg<'_, E>) -> Outcome<View<'a, E, 4>> {
-    x.view(op, "x")
-}
-
 struct Turned {
     lrpe: Lrpe,
     offset: usize,
@@ -64,7 +60,7 @@ impl Op<1> for Turned {
         out: &mut [E],
     ) -> Outcome<()> {
         let x = x.float();
-        let x = heads(Self::NAME, &x)?;
+        let x = x.view::<4>(Self::NAME, "x")?;
         let [batch, len, heads, dim] = x.shape();
         floats([out], |[out]| {
             let out = ViewMut::new(out, [batch, len, heads, 2 * dim])?;
@@ -79,7 +75,7 @@ impl Op<1> for Turned {
         dout: Arg<'_, E>,
         [dx]: [&mut [E]; 1],
     ) -> Outcome<()> {
-        let (shape, dout) = (heads(Self::NAME, &x)?.shape(), dout.float());
+        let (shape, dout) = (x.view::<4>(Self::NAME, "x")?.shape(), dout.float());
         let dout = dout.view(Self::NAME, "dout")?;
         floats([dx], |[dx]| self.lrpe.backward(rt, self.offset, dout, ViewMut::new(dx, shape)?))
     }
@@ -104,7 +100,7 @@ impl Op<1> for Rotary {
         out: &mut [E],
     ) -> Outcome<()> {
         let x = x.float();
-        let x = heads(Self::NAME, &x)?;
+        let x = x.view::<4>(Self::NAME, "x")?;
         let at = Positions::From(self.start);
         floats([out], |[out]| self.rope.forward(rt, x, at, ViewMut::new(out, x.shape())?))
     }
@@ -116,7 +112,7 @@ impl Op<1> for Rotary {
         dout: Arg<'_, E>,
         [dx]: [&mut [E]; 1],
     ) -> Outcome<()> {
-        let (shape, dout) = (heads(Self::NAME, &x)?.shape(), dout.float());
+        let (shape, dout) = (x.view::<4>(Self::NAME, "x")?.shape(), dout.float());
         let dout = dout.view(Self::NAME, "dout")?;
         let at = Positions::From(self.start);
         floats([dx], |[dx]| self.rope.backward(rt, at, dout, ViewMut::new(dx, shape)?))
