@@ -4,6 +4,16 @@ use crate::simd::{Backend, Kernel, Lanes, Source, Task};
 use crate::tensor::{Element, View};
 use half::bf16;
 
+/// Indices of all heads of a `[batch, len, heads, width]` view.
+pub fn each_head([batch, _, heads, _]: [usize; 4]) -> impl Iterator<Item = (usize, usize)> {
+    (0..batch).flat_map(move |n| (0..heads).map(move |h| (n, h)))
+}
+
+/// Indices of all rows of a `[batch, len, heads, width]` view, in order.
+pub fn each_row([batch, len, heads, _]: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
+    (0..batch).flat_map(move |n| (0..len).flat_map(move |t| (0..heads).map(move |h| [n, t, h, 0])))
+}
+
 /// Rows of a block as `f32`: in place, or converted into `buffer`. Returns the distance of rows too.
 #[inline(always)]
 pub fn stage<'a, B: Backend, E: Element>(

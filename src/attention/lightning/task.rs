@@ -12,6 +12,7 @@ use crate::kernels::chunk::{
 };
 use crate::kernels::decay::{DecayTable, Forget};
 use crate::kernels::recurrence::Step;
+use crate::kernels::staging::each_row;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Kernel, PANEL, Task, Tiles};
@@ -282,9 +283,7 @@ impl<E: Element> Task for Forward<'_, '_, E> {
             return Ok(());
         }
         if dk == 0 {
-            for (n, t, h) in indices(batch, len, heads) {
-                job.out.row_mut([n, t, h, 0]).fill(E::default());
-            }
+            each_row(job.v.shape()).for_each(|at| job.out.row_mut(at).fill(E::default()));
             return Ok(());
         }
         if job.is_short() {
@@ -294,10 +293,6 @@ impl<E: Element> Task for Forward<'_, '_, E> {
         let bytes = job.bytes::<B>();
         rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))
     }
-}
-
-fn indices(batch: usize, len: usize, heads: usize) -> impl Iterator<Item = (usize, usize, usize)> {
-    (0..batch).flat_map(move |n| (0..len).flat_map(move |t| (0..heads).map(move |h| (n, t, h))))
 }
 
 /// Runs a checked call.

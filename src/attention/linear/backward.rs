@@ -14,6 +14,7 @@ use crate::attention::lightning::{LightningAttention, task::run as run_plain};
 use crate::attention::{Gradients, Inputs};
 use crate::error::{Result, expect_shape};
 use crate::kernels::linear::backward::{Chain, Divide, Narrow, Stage, Widen};
+use crate::kernels::staging::each_head;
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{Element, View, ViewMut};
@@ -131,9 +132,9 @@ impl Core {
             start.copy_from_slice(sums);
             fill_state(dstate.as_deref(), rows, values, dsums);
             let vwide = View::new(&*vwide, given)?;
-            // Numerators and denominators.
             let plain = LightningAttention::new(&vec![0.0; heads])?;
-            {
+            if self.eps.is_some() {
+                // Numerators and denominators.
                 let out = ViewMut::new(&mut *out, asked)?;
                 let sums = ViewMut::new(&mut *sums, rows)?;
                 if self.causal {
@@ -168,7 +169,7 @@ impl Core {
             if let Some(dstate) = dstate.filter(|_| wide > 0) {
                 let dsums = View::new(&*dsums, rows)?;
                 let (mut kv, mut z) = dstate.views_mut();
-                for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
+                for (n, h) in each_head(f.shape()) {
                     for i in 0..width {
                         let row = dsums.row([n, h, i, 0]);
                         if values > 0 {

@@ -8,7 +8,7 @@ use super::shared;
 use crate::error::Result;
 use crate::kernels::feature_map::Features;
 use crate::kernels::linear::{BLOCK, Form, LinearShape, LinearWork, Token};
-use crate::kernels::staging::Combine;
+use crate::kernels::staging::{Combine, each_head, each_row};
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Task};
@@ -87,11 +87,11 @@ fn recurrent<B: Backend, E: Element, M: Features>(
     mut job: Job<'_, E, M>,
     mut scratch: Cut<'_>,
 ) {
-    let ([batch, len, heads, inputs], LinearShape { dk, dv, .. }) = (job.q.shape(), job.shape());
+    let ([_, len, _, inputs], LinearShape { dk, dv, .. }) = (job.q.shape(), job.shape());
     let (own_s, own_z) = (scratch.take::<f32>(dk * dv), scratch.take::<f32>(dk));
     let mut rows = [dk, dk, dv, dv].map(|n| scratch.take::<f32>(n));
     let mut map = job.form.map.work(b, inputs, &mut scratch);
-    for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
+    for (n, h) in each_head(job.q.shape()) {
         let (state, z) = match &mut job.states {
             Some((s, z)) if dv > 0 => (s.matrix_mut(n, h), z.matrix_mut(n, h)),
             Some((_, z)) => (&mut *own_s, z.matrix_mut(n, h)),
@@ -161,10 +161,9 @@ impl<E: Element, M: Features> Task for Forward<'_, '_, E, M> {
         }
         if dk == 0 {
             // Sums over nothing.
-            for n in 0..if dv > 0 { batch } else { 0 } {
-                for t in 0..lq {
-                    (0..heads).for_each(|h| job.out.row_mut([n, t, h, 0]).fill(E::default()));
-                }
+            if dv > 0 {
+                let rows = each_row([batch, lq, heads, dv]);
+                rows.for_each(|at| job.out.row_mut(at).fill(E::default()));
             }
             return Ok(());
         }

@@ -2,8 +2,9 @@
 
 use super::{ChunkShape, Head};
 use crate::kernels::decay::Decay;
+use crate::kernels::softmax::scale_row;
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Lanes};
+use crate::simd::{Backend, Kernel};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Copies of one chunk of one head, the last row first.
@@ -82,15 +83,12 @@ impl<B: Backend, E: Element> Kernel<B> for Turn<'_, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let ([rows, width], l) = (self.src.shape(), b.lanes());
+        let [rows, width] = self.src.shape();
         for (r, dst) in self.dst.chunks_exact_mut(width.max(1)).take(rows).enumerate() {
             let src = self.src.row([rows - 1 - r, 0]);
             E::widen(b.convert(), src, dst);
             if self.factor != 1.0 {
-                let (whole, tail) = l.split_mut(dst);
-                let factor = l.splat(self.factor);
-                whole.iter_mut().for_each(|x| *x = l.mul(*x, factor));
-                tail.iter_mut().for_each(|x| *x *= self.factor);
+                scale_row(b.lanes(), dst, self.factor);
             }
         }
     }

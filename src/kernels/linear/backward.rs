@@ -2,15 +2,10 @@
 //! and the derivative of the division. Buffers are contiguous `[batch, len, heads, width]`.
 
 use crate::kernels::feature_map::{FeatureMap, chain_rows, map_rows};
-use crate::kernels::staging::partial_dot;
+use crate::kernels::softmax::scale_row;
+use crate::kernels::staging::{each_head, each_row, partial_dot};
 use crate::simd::{Backend, Kernel, Lanes, Task};
 use crate::tensor::{Element, View, ViewMut};
-
-/// Every head of a `[batch, len, heads, width]` view.
-fn heads<E>(x: View<'_, E, 4>) -> impl Iterator<Item = (usize, usize)> + use<E> {
-    let [batch, _, heads, _] = x.shape();
-    (0..batch).flat_map(move |n| (0..heads).map(move |h| (n, h)))
-}
 
 /// Features of all rows, contiguous, times `scale`.
 #[derive(Debug)]
@@ -39,7 +34,7 @@ impl<E: Element> Task for Stage<'_, E> {
         if src.shape().contains(&0) {
             return;
         }
-        for at in heads(src) {
+        for at in each_head(src.shape()) {
             let (from, stride) = part(src.shape(), at);
             let (src, dst) = (src.head(at.0, at.1), &mut dst[from..]);
             b.call(StageHead { map, src, dst, stride });
@@ -75,10 +70,7 @@ impl<B: Backend> Kernel<B> for Times<'_> {
     #[inline(always)]
     fn run(self, b: B) {
         if self.factor != 1.0 {
-            let (l, factor) = (b.lanes(), b.lanes().splat(self.factor));
-            let (whole, tail) = l.split_mut(self.x);
-            whole.iter_mut().for_each(|x| *x = l.mul(*x, factor));
-            tail.iter_mut().for_each(|x| *x *= self.factor);
+            scale_row(b.lanes(), self.x, self.factor);
         }
     }
 }
@@ -106,7 +98,7 @@ impl<E: Element> Task for Chain<'_, '_, E> {
             return;
         }
         b.call(Times { factor: scale, x: &mut *dphi });
-        for at in heads(src) {
+        for at in each_head(src.shape()) {
             let (from, stride) = part(src.shape(), at);
             let (src, dphi) = (src.head(at.0, at.1), &dphi[from..]);
             b.call(ChainHead { map, src, dphi, stride, dst: dst.head_mut(at.0, at.1) });
@@ -149,18 +141,13 @@ impl<E: Element> Task for Widen<'_, E> {
     }
 }
 
-/// Indices of all rows in order.
-fn indices([batch, len, heads, _]: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
-    (0..batch).flat_map(move |n| (0..len).flat_map(move |t| (0..heads).map(move |h| [n, t, h, 0])))
-}
-
 impl<B: Backend, E: Element> Kernel<B> for Widen<'_, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
         let width = self.src.shape()[3];
         let rows = self.dst.chunks_exact_mut((width + self.more).max(1));
-        for (at, dst) in indices(self.src.shape()).zip(rows) {
+        for (at, dst) in each_row(self.src.shape()).zip(rows) {
             if width > 0 {
                 E::widen(b.convert(), self.src.row(at), &mut dst[..width]);
             }
@@ -172,7 +159,7 @@ impl<B: Backend, E: Element> Kernel<B> for Widen<'_, E> {
 /// The gradients of numerators and denominator from that of the quotient.
 #[derive(Debug)]
 pub struct Divide<'a, E> {
-    /// `[num | den]`, or `num` alone.
+    /// `[num | den]`; not looked at without a denominator.
     pub out: &'a [f32],
     /// Gradient of the quotient.
     pub dout: View<'a, E, 4>,
@@ -196,7 +183,7 @@ impl<B: Backend, E: Element> Kernel<B> for Divide<'_, E> {
         let (l, values) = (b.lanes(), self.dout.shape()[3]);
         let wide = (values + usize::from(self.eps.is_some())).max(1);
         let rows = self.dst.chunks_exact_mut(wide).zip(self.out.chunks_exact(wide));
-        for (at, (dst, out)) in indices(self.dout.shape()).zip(rows) {
+        for (at, (dst, out)) in each_row(self.dout.shape()).zip(rows) {
             if values > 0 {
                 E::widen(b.convert(), self.dout.row(at), &mut dst[..values]);
             }
@@ -204,9 +191,7 @@ impl<B: Backend, E: Element> Kernel<B> for Divide<'_, E> {
             let (num, den) = (&out[..values], out[values] + eps);
             let (d, last) = dst.split_at_mut(values);
             let inverse = 1.0 / den;
-            let (whole, tail) = l.split_mut(d);
-            whole.iter_mut().for_each(|x| *x = l.mul(*x, l.splat(inverse)));
-            tail.iter_mut().for_each(|x| *x *= inverse);
+            scale_row(l, d, inverse);
             last[0] = -l.sum(partial_dot(l, d, num)) * inverse;
         }
     }
@@ -238,7 +223,7 @@ impl<B: Backend, E: Element> Kernel<B> for Narrow<'_, E> {
         if shape[3] == 0 {
             return;
         }
-        for (at, src) in indices(shape).zip(self.src.chunks_exact(self.wide.max(1))) {
+        for (at, src) in each_row(shape).zip(self.src.chunks_exact(self.wide.max(1))) {
             E::narrow(b.convert(), &src[..shape[3]], self.dst.row_mut(at));
         }
     }
