@@ -199,7 +199,7 @@ impl<L: Lanes> Map<L, 0> for Exp {
 }
 
 #[inline(always)]
-fn largest<L: Lanes>(l: L, row: &[f32]) -> f32 {
+pub(super) fn largest<L: Lanes>(l: L, row: &[f32]) -> f32 {
     let mut m = l.splat(f32::NEG_INFINITY);
     let mut parts = row.chunks_exact(L::N);
     for x in &mut parts {

@@ -204,7 +204,7 @@ fn columns<L: Lanes, const W: usize>(
 
 /// A maximum that can be subtracted from minus infinity.
 #[inline(always)]
-fn finite(max: f32) -> f32 {
+pub(super) fn finite(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
 }
 

@@ -148,6 +148,14 @@ impl<'a, T> ViewMut<'a, T, 3> {
 }
 
 impl<'a, T> ViewMut<'a, T, 4> {
+    /// As [`View::one_head`].
+    #[must_use]
+    pub fn one_head(self, head: usize) -> ViewMut<'a, T, 3> {
+        let Self { ptr, layout, life } = self.slice(2, head, head + 1);
+        let ([batch, len, _, dim], [sb, sl, _, sd]) = (layout.shape, layout.strides);
+        ViewMut { ptr, layout: Layout { shape: [batch, len, dim], strides: [sb, sl, sd] }, life }
+    }
+
     /// The matrix of the last two dimensions at the given outer indices, which must lie in one piece (panics
     /// otherwise).
     pub fn matrix_mut(&mut self, i: usize, j: usize) -> &mut [T] {

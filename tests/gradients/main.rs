@@ -20,6 +20,7 @@ mod lightning;
 mod linear;
 mod norm;
 mod performer;
+mod pointwise;
 mod rotary;
 mod softmax;
 

@@ -77,11 +77,9 @@ impl RelativeBias {
         };
         let at = |x: &[f32], i: usize| f64::from(x[i]);
         let entry = |t: usize| -> f32 {
-            let distance = t as f64 - (n - 1) as f64;
             let sum: f64 = (0..half)
                 .map(|p| {
-                    let angle = distance * libm::pow(10000.0, -(p as f64) / half as f64);
-                    let (sin, cos) = libm::sincos(angle);
+                    let (sin, cos) = turn([p, half], t, n);
                     let (a1, a2, b1, b2) = (at(a, p), at(a, half + p), at(b, p), at(b, half + p));
                     (a1 * b1 + a2 * b2) * cos + (a2 * b1 - a1 * b2) * sin
                 })
@@ -108,8 +106,8 @@ impl RelativeBias {
                 out.copy_from_slice(&table[first..][..2 * n - 1]);
             }
             Kind::T5 { values, causal } => {
-                for (t, x) in out[..2 * n - 1].iter_mut().enumerate() {
-                    *x = values[bucket(n as isize - 1 - t as isize, *causal)];
+                for (x, bucket) in out.iter_mut().zip(buckets(n, *causal)) {
+                    *x = values[bucket];
                 }
             }
         }
@@ -122,6 +120,17 @@ impl RelativeBias {
             Kind::T5 { .. } => None,
         }
     }
+}
+
+/// Sine and cosine of the angle between positions for entry `t` of a table of `n` positions: pair `p` of `half`.
+pub(crate) fn turn([p, half]: [usize; 2], t: usize, n: usize) -> (f64, f64) {
+    let distance = t as f64 - (n - 1) as f64;
+    libm::sincos(distance * libm::pow(10000.0, -(p as f64) / half as f64))
+}
+
+/// Which number of a T5 bias each of the `2 n - 1` entries of a table is.
+pub(crate) fn buckets(n: usize, causal: bool) -> impl Iterator<Item = usize> {
+    (0..2 * n - 1).map(move |t| bucket(n as isize - 1 - t as isize, causal))
 }
 
 /// The bucket of a key `distance` tokens before the query.

@@ -195,6 +195,32 @@ impl StreamState for GauState {
     }
 }
 
+impl GauConfig {
+    /// The attention of a layer.
+    pub(crate) fn attention(&self) -> Result<QuadraticAttention> {
+        let max_len = match self.form {
+            GauForm::Paper { max_len, .. } => max_len,
+            GauForm::Package => 1,
+        };
+        let (dim, s) = (self.dim, self.query_key_dim);
+        let sizes =
+            [("dim", dim), ("query_key_dim", s), ("hidden", self.hidden), ("max_len", max_len)];
+        for (arg, n) in sizes {
+            if n == 0 || n > 1 << 24 {
+                return Err(Error::value(OP, arg, "a size from 1 to 2^24", n));
+            }
+        }
+        let attention = match self.form {
+            GauForm::Paper { .. } => {
+                QuadraticAttention::new(self.act, Factor::Value((1.0 / max_len as f64) as f32))?
+            }
+            GauForm::Package => QuadraticAttention::new(self.act, Factor::InvLen)?
+                .with_bias_scale(Factor::InvLen)?,
+        };
+        Ok(if self.causal { attention.causal() } else { attention })
+    }
+}
+
 impl Gau {
     /// From named parameters, see above.
     ///
@@ -205,37 +231,27 @@ impl Gau {
         config: GauConfig,
         p: &Parameters<'_, T>,
     ) -> Result<Self> {
-        let GauConfig { dim: d, query_key_dim: s, hidden: e, act, causal, .. } = config;
-        let max_len = match config.form {
-            GauForm::Paper { max_len, .. } => max_len,
-            GauForm::Package => 1,
-        };
-        for (arg, n) in [("dim", d), ("query_key_dim", s), ("hidden", e), ("max_len", max_len)] {
-            if n == 0 || n > 1 << 24 {
-                return Err(Error::value(OP, arg, "a size from 1 to 2^24", n));
-            }
-        }
+        let attention = config.attention()?;
+        let GauConfig { dim: d, query_key_dim: s, hidden: e, causal, .. } = config;
         let order = &[0, 1];
-        let (names, rope, bias, attention) = match config.form {
-            GauForm::Paper { bias, .. } => {
-                let scale = Factor::Value((1.0 / max_len as f64) as f32);
+        let (names, rope, bias) = match config.form {
+            GauForm::Paper { bias, max_len } => {
                 let names = Names { paper: true, heads: "", out: "", order };
                 let rope = Rope::new(RopeStyle::Half, s, 10000.0)?;
-                (names, Some(rope), bias.load(p, max_len, s)?, QuadraticAttention::new(act, scale)?)
+                (names, Some(rope), bias.load(p, max_len, s)?)
             }
             GauForm::Package => {
                 let name = "rel_pos_bias.relative_attention_bias.weight";
                 let buckets: Tensor<2> = p.tensor(name, [32, 1])?;
                 let scale = libm::sqrt(d as f64) as f32;
                 let bias = RelativeBias::t5(buckets.as_slice(), scale, causal)?;
-                let attention = QuadraticAttention::new(act, Factor::InvLen)?;
                 let names = Names { paper: false, heads: "offsetscale", out: "to_out.0", order };
-                (names, None, bias, attention.with_bias_scale(Factor::InvLen)?)
+                (names, None, bias)
             }
         };
         Ok(Self {
             gated: Gated::new(OP, [d, s, e], (config.norm, config.eps), names, rope, p)?,
-            attention: if causal { attention.causal() } else { attention },
+            attention,
             bias,
             config,
         })

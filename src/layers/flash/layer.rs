@@ -116,6 +116,43 @@ pub struct Flash {
     table: Vec<f32>,
 }
 
+impl FlashConfig {
+    /// The attention of a layer.
+    pub(crate) fn attention(&self) -> Result<MixedChunkAttention> {
+        let (s, c) = (self.query_key_dim, self.group_size);
+        for (arg, n) in
+            [("dim", self.dim), ("query_key_dim", s), ("hidden", self.hidden), ("group_size", c)]
+        {
+            if n == 0 || n > 1 << 24 {
+                return Err(Error::value(OP, arg, "a size from 1 to 2^24", n));
+            }
+        }
+        let own = MixedChunkConfig { act: self.act, ..MixedChunkConfig::package(c, self.causal) };
+        MixedChunkAttention::new(match self.form {
+            FlashForm::Paper { reduce, .. } => {
+                let lin_scale = MixedChunkConfig::paper(c, self.causal).lin_scale;
+                MixedChunkConfig { lin_scale, lin_reduce: reduce, ..own }
+            }
+            FlashForm::Package { rotary_dim, own_chunk, .. } => {
+                if !rotary_dim.is_multiple_of(2) || rotary_dim > s {
+                    let expected = "even and at most query_key_dim";
+                    return Err(Error::value(OP, "rotary_dim", expected, rotary_dim));
+                }
+                let lin_reduce = if own_chunk { LinReduce::OwnChunk } else { LinReduce::Sum };
+                MixedChunkConfig { lin_reduce, ..own }
+            }
+        })
+    }
+
+    /// Channels that come from the token before.
+    pub(crate) fn shifted(&self) -> usize {
+        match self.form {
+            FlashForm::Package { shift_tokens: true, .. } => self.dim.div_ceil(2),
+            _ => 0,
+        }
+    }
+}
+
 /// Quadratic and linear queries and keys among the stored heads of the package.
 const PACKAGE: [usize; 4] = [0, 2, 1, 3];
 
@@ -129,27 +166,15 @@ impl Flash {
         config: FlashConfig,
         p: &Parameters<'_, T>,
     ) -> Result<Self> {
+        let attention = config.attention()?;
         let FlashConfig { dim: d, query_key_dim: s, hidden: e, group_size: c, causal, .. } = config;
-        let sizes = [("dim", d), ("query_key_dim", s), ("hidden", e), ("group_size", c)];
-        for (arg, n) in sizes {
-            if n == 0 || n > 1 << 24 {
-                return Err(Error::value(OP, arg, "a size from 1 to 2^24", n));
-            }
-        }
-        let base = MixedChunkConfig { act: config.act, ..MixedChunkConfig::package(c, causal) };
-        let (names, rope, bias, base) = match config.form {
-            FlashForm::Paper { bias, reduce } => {
+        let (names, rope, bias) = match config.form {
+            FlashForm::Paper { bias, .. } => {
                 let names = Names { paper: true, heads: "", out: "", order: &[0, 1, 2, 3] };
-                let lin_scale = MixedChunkConfig::paper(c, causal).lin_scale;
-                let base = MixedChunkConfig { lin_scale, lin_reduce: reduce, ..base };
                 let rope = Rope::new(RopeStyle::Half, s, 10000.0)?;
-                (names, Some(rope), bias.load(p, c, s)?, base)
+                (names, Some(rope), bias.load(p, c, s)?)
             }
-            FlashForm::Package { rotary_dim, own_chunk, .. } => {
-                if !rotary_dim.is_multiple_of(2) || rotary_dim > s {
-                    let expected = "even and at most query_key_dim";
-                    return Err(Error::value(OP, "rotary_dim", expected, rotary_dim));
-                }
+            FlashForm::Package { rotary_dim, .. } => {
                 let names = Names {
                     paper: false,
                     heads: "qk_offset_scale",
@@ -166,16 +191,14 @@ impl Flash {
                 let name = "rel_pos_bias.relative_attention_bias.weight";
                 let buckets: Tensor<2> = p.tensor(name, [32, 1])?;
                 let scale = libm::sqrt(s as f64) as f32;
-                let bias = RelativeBias::t5(buckets.as_slice(), scale, causal)?;
-                let lin_reduce = if own_chunk { LinReduce::OwnChunk } else { LinReduce::Sum };
-                (names, rope, bias, MixedChunkConfig { lin_reduce, ..base })
+                (names, rope, RelativeBias::t5(buckets.as_slice(), scale, causal)?)
             }
         };
         let mut table = vec![0.0; 2 * c - 1];
         bias.fill(c, &mut table);
         Ok(Self {
             gated: Gated::new(OP, [d, s, e], (config.norm, config.eps), names, rope, p)?,
-            attention: MixedChunkAttention::new(base)?,
+            attention,
             config,
             table,
         })
@@ -193,14 +216,6 @@ impl Flash {
         self.gated.weight_bytes()
     }
 
-    /// Channels that come from the token before.
-    fn shifted(&self) -> usize {
-        match self.config.form {
-            FlashForm::Package { shift_tokens: true, .. } => self.config.dim.div_ceil(2),
-            _ => 0,
-        }
-    }
-
     /// A state that has seen nothing.
     ///
     /// # Errors
@@ -210,7 +225,7 @@ impl Flash {
         if !causal {
             return Err(Error::value(OP, "causal", "true for a state", causal));
         }
-        FlashState::new(batch, [c, s, e], self.shifted())
+        FlashState::new(batch, [c, s, e], self.config.shifted())
     }
 
     /// `x`, `out`: `[batch, len, dim]`. `state`, for causal layers only, is what came before and what it becomes;
@@ -265,7 +280,7 @@ impl Flash {
         let FlashConfig { query_key_dim: s, hidden: e, group_size: c, .. } = self.config;
         let expected = [batch, c, s, e];
         expect_shape(OP, "state", "[batch, chunk, s, e]", expected, state.mixed.shape())?;
-        let shape = [batch, self.shifted()];
+        let shape = [batch, self.config.shifted()];
         expect_shape(OP, "state", "[batch, shifted channels]", shape, state.last.shape())
     }
 
@@ -358,7 +373,7 @@ impl Flash {
 
     /// Moves the first channels of normed rows to the next row. Those of the last rows go to `last`.
     fn shift(&self, [batch, len]: [usize; 2], state: Option<&FlashState>, b: &mut Buffers<'_>) {
-        let (h, d) = (self.shifted(), self.config.dim);
+        let (h, d) = (self.config.shifted(), self.config.dim);
         if h == 0 {
             return;
         }

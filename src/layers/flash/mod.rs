@@ -1,6 +1,6 @@
 //! Layers of "Transformer Quality in Linear Time": the gated attention unit and FLASH.
 
-mod bias;
+pub(crate) mod bias;
 mod gated;
 mod gau;
 mod layer;

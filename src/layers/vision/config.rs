@@ -232,7 +232,7 @@ impl VisionAttentionConfig {
         }
     }
 
-    pub(super) fn check(&self, op: &'static str) -> Result<()> {
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         size(op, "dim", self.dim)?;
         if self.crossed() && !(self.heads.is_multiple_of(2) && self.dim.is_multiple_of(2)) {
             let got = alloc::format!("{} heads, dim = {}", self.heads, self.dim);
