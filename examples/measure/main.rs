@@ -14,6 +14,8 @@ mod gemm;
 mod models;
 mod pairs;
 mod timing;
+#[cfg(feature = "candle")]
+mod train;
 mod vision;
 
 use clap::{Parser, ValueEnum};
@@ -58,6 +60,9 @@ enum What {
     Combiner,
     /// A block of Transformer++ with random weights (`--ffn`, `--causal`).
     TransformerPp,
+    /// A training step with candle (`--variant transnormer|transformer_pp|flash`, `--d`, `--ffn`).
+    #[cfg(feature = "candle")]
+    TrainStep,
     /// Tokens per second of a whole model (`--config`).
     GenerateDecode,
     /// One matrix product.
@@ -246,6 +251,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         What::Performer => baselines::performer(&args, &rt)?,
         What::Combiner => baselines::combiner(&args, &rt)?,
         What::TransformerPp => baselines::transformer_pp(&args, &rt)?,
+        #[cfg(feature = "candle")]
+        What::TrainStep => train::step(&args, &rt)?,
         What::GenerateDecode => decode::generate_decode(&args, &rt)?,
         What::Gemm => gemm::gemm(&args, &rt),
         what => {
@@ -270,6 +277,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let map = line.as_object_mut().expect("an object");
     if let Some(tokens) = outcome.tokens {
         map.insert("ns_per_token".into(), json!(median / tokens * 1e9));
+        map.insert("tokens_per_s".into(), json!(tokens / median));
     }
     if let Some((error, tolerance)) = outcome.error {
         map.insert("rel_err".into(), json!(error));

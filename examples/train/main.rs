@@ -17,8 +17,8 @@ use candle_nn::{VarBuilder, VarMap};
 use checkpoint::Record;
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use linattn::candle::{TransNormerLlm, Transformer};
-use linattn::models::{Architecture, TransNormerConfig, TransformerConfig};
+use linattn::candle::{FlashLm, TransNormerLlm, Transformer, cross_entropy};
+use linattn::models::{Architecture, FlashLmConfig, TransNormerConfig, TransformerConfig};
 use linattn::{Runtime, tensor::Rng};
 use std::error::Error;
 use std::path::PathBuf;
@@ -105,6 +105,8 @@ pub enum Arch {
     Transnormer,
     /// RMSNorm, rotary positions, SwiGLU, softmax attention.
     TransformerPp,
+    /// Gated layers with mixed chunk attention.
+    Flash,
 }
 
 fn main() -> ExitCode {
@@ -133,6 +135,11 @@ impl Args {
                 "model_type": "transformer_pp", "vocab_size": 256, "dim": self.dim,
                 "layers": self.layers, "heads": self.heads, "ffn_dim": ffn,
             }),
+            Arch::Flash => serde_json::json!({
+                "model_type": "flash", "num_tokens": 256, "dim": self.dim, "depth": self.layers,
+                "group_size": 64, "query_key_dim": (self.dim / self.heads.max(1)).max(32),
+                "causal": true,
+            }),
         };
         json.to_string()
     }
@@ -148,31 +155,45 @@ impl Args {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let mut builder = Runtime::builder();
     if let Some(n) = args.threads {
-        builder = builder.threads(n);
+        rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?;
     }
-    let rt = Arc::new(builder.build()?);
+    let rt = Arc::new(Runtime::new()?);
     let config = args.config();
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let model: Box<dyn Module> = match args.arch {
         Arch::Transnormer => {
             let config = TransNormerConfig::from_json(&config)?;
-            TransNormerLlm::load(&rt, &config, vb.clone())?;
-            initialise(&vars, &config, args.seed)?;
-            // Again, because angles are read from the parameters when a layer is made.
-            Box::new(TransNormerLlm::load(&rt, &config, vb)?)
+            let load = || Ok(TransNormerLlm::load(&rt, &config, vb.clone())?);
+            Box::new(initialised(&vars, &config, args.seed, load)?)
         }
         Arch::TransformerPp => {
             let config = TransformerConfig::from_json(&config)?;
-            let model = Transformer::load(&rt, &config, vb)?;
-            initialise(&vars, &config, args.seed)?;
-            Box::new(model)
+            let load = || Ok(Transformer::load(&rt, &config, vb.clone())?);
+            Box::new(initialised(&vars, &config, args.seed, load)?)
+        }
+        Arch::Flash => {
+            let config = FlashLmConfig::from_json(&config)?;
+            let load = || Ok(FlashLm::load(&rt, &config, vb.clone())?);
+            Box::new(initialised(&vars, &config, args.seed, load)?)
         }
     };
     std::fs::create_dir_all(&args.out)?;
     train(args, &rt, &*model, &vars, &config)
+}
+
+/// A model with initial weights.
+fn initialised<M>(
+    vars: &VarMap,
+    config: &impl Architecture,
+    seed: u64,
+    load: impl Fn() -> Result<M>,
+) -> Result<M> {
+    load()?;
+    initialise(vars, config, seed)?;
+    // Again, because angles are read from the parameters when a layer is made.
+    load()
 }
 
 /// Initial weights that depend on nothing but the seed and their names.
@@ -193,7 +214,13 @@ fn initialise(vars: &VarMap, config: &impl Architecture, seed: u64) -> Result<()
     Ok(())
 }
 
-fn train(args: &Args, rt: &Runtime, model: &dyn Module, vars: &VarMap, config: &str) -> Result<()> {
+fn train(
+    args: &Args,
+    rt: &Arc<Runtime>,
+    model: &dyn Module,
+    vars: &VarMap,
+    config: &str,
+) -> Result<()> {
     let text = Text::read(args.text.as_deref())?;
     let mut optimiser = AdamW::new(vars, args.weight_decay)?;
     let mut record = Record::default();
@@ -213,7 +240,7 @@ fn train(args: &Args, rt: &Runtime, model: &dyn Module, vars: &VarMap, config: &
     let (first, last) = (record.losses.len(), args.stop.unwrap_or(args.steps).min(args.steps));
     let start = Instant::now();
     for step in first..last {
-        let loss = loss(model, &text.batch(args.seed, step, [args.batch, args.len])?)?;
+        let loss = loss(rt, model, &text.batch(args.seed, step, [args.batch, args.len])?)?;
         let grads = loss.backward()?;
         optimiser.step(&grads, args.rate(step), args.clip)?;
         record.losses.push(loss.to_scalar::<f32>()?);
@@ -231,24 +258,24 @@ fn train(args: &Args, rt: &Runtime, model: &dyn Module, vars: &VarMap, config: &
     let tokens = (last.saturating_sub(first) * args.batch * args.len) as f64;
     println!("first losses {:.5?}", &record.losses[..record.losses.len().min(3)]);
     println!("training loss {:.4} (mean of the last steps)", record.recent());
-    let held = held_out(model, &text, args)?;
+    let held = held_out(rt, model, &text, args)?;
     println!("held-out loss {held:.4}, {:.4} bits per byte", held * std::f64::consts::LOG2_E);
     println!("{:.0} tokens/s, checkpoint in {}", tokens / seconds, args.out.display());
     Ok(())
 }
 
 /// Mean cross-entropy of every byte given those before it in its sequence; `batch`: `[sequences, len + 1]`.
-fn loss(model: &dyn Module, batch: &Tensor) -> Result<Tensor> {
+fn loss(rt: &Arc<Runtime>, model: &dyn Module, batch: &Tensor) -> Result<Tensor> {
     let len = batch.dim(1)? - 1;
-    let logits = model.forward(&batch.narrow(1, 0, len)?.contiguous()?)?.flatten_to(1)?;
-    Ok(candle_nn::loss::cross_entropy(&logits, &batch.narrow(1, 1, len)?.flatten_all()?)?)
+    let logits = model.forward(&batch.narrow(1, 0, len)?.contiguous()?)?;
+    Ok(cross_entropy(rt, &logits, &batch.narrow(1, 1, len)?)?)
 }
 
 /// The loss on text that was kept out of training.
-fn held_out(model: &dyn Module, text: &Text, args: &Args) -> Result<f64> {
+fn held_out(rt: &Arc<Runtime>, model: &dyn Module, text: &Text, args: &Args) -> Result<f64> {
     let (mut sum, mut count) = (0.0, 0);
     for batch in text.held_out([args.batch, args.len])? {
-        sum += f64::from(loss(model, &batch)?.to_scalar::<f32>()?);
+        sum += f64::from(loss(rt, model, &batch)?.to_scalar::<f32>()?);
         count += 1;
     }
     Ok(sum / f64::from(count.max(1)))

@@ -62,6 +62,11 @@ impl<'a, E: Element> Arg<'a, E> {
         Self { data: Cow::Owned(all), shape, strides, copy }
     }
 
+    /// The size of every dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
     /// A view with the rank that the operation asks for.
     pub fn view<const N: usize>(
         &self,
@@ -98,16 +103,20 @@ impl<'a, E: Element> Arg<'a, E> {
 }
 
 impl<E: Element> Arg<'_, E> {
+    /// A copy in `f32`, in row-major order.
+    pub fn to_vec(&self) -> Vec<f32> {
+        gather(&self.data, &self.shape, &self.strides).into_iter().map(E::to_f32).collect()
+    }
+
     /// The same in `f32`: where it lies if its elements are that, else a copy.
     pub fn float(&self) -> Arg<'_, f32> {
         if let Some(data) = E::as_f32(&self.data) {
             let (shape, strides) = (self.shape.clone(), self.strides.clone());
             return Arg { data: Cow::Borrowed(data), shape, strides, copy: OnceCell::new() };
         }
-        let wide = gather(&self.data, &self.shape, &self.strides).into_iter().map(E::to_f32);
         let layout = Layout::contiguous(self.shape.as_slice());
         let (shape, strides) = (self.shape.clone(), layout.stride().to_vec());
-        Arg { data: Cow::Owned(wide.collect()), shape, strides, copy: OnceCell::new() }
+        Arg { data: Cow::Owned(self.to_vec()), shape, strides, copy: OnceCell::new() }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The lightning attention layer of MiniMax-01.
 
-use super::{Linear, Result, activate, attend, rms_norm, wrap};
+use super::{Linear, Result, activate, attend, gate, rms_norm, wrap};
 use crate::attention::lightning::LightningAttention;
 use crate::layers::{Activation, MiniMaxConfig};
 use crate::runtime::Runtime;
@@ -51,13 +51,13 @@ impl Module for MiniMaxLightning {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, len, _) = x.dims3()?;
         let MiniMaxConfig { heads, head_dim, norm_eps, .. } = self.config;
-        let qkv = activate(&self.qkv_proj.forward(x)?, Activation::Silu)?;
+        let qkv = activate(&self.rt, &self.qkv_proj.forward(x)?, Activation::Silu)?;
         let qkv = qkv.reshape((batch, len, heads, 3 * head_dim))?;
         let part = |i| qkv.narrow(3, i * head_dim, head_dim);
         let mixed = attend(&self.rt, &self.attention, [&part(0)?, &part(1)?, &part(2)?])?;
         let mixed = mixed.reshape((batch, len, heads * head_dim))?;
         let mixed = rms_norm(&self.rt, &mixed, &self.norm, norm_eps)?;
-        let gate = activate(&self.output_gate.forward(x)?, Activation::Sigmoid)?;
-        self.out_proj.forward(&(mixed * gate)?)
+        let opened = self.output_gate.forward(x)?;
+        self.out_proj.forward(&gate(&self.rt, Activation::Sigmoid, &opened, &mixed)?)
     }
 }

@@ -24,25 +24,34 @@
 mod activation;
 mod attention;
 mod call;
+mod depthwise;
 mod flash;
+mod gla;
 mod linear;
+mod loss;
 mod minimax;
 mod norm;
 mod packed;
 mod positions;
+mod sglu;
+mod stream;
 mod transformer;
 mod transnormer;
+mod vision;
 
-pub use activation::activate;
+pub use activation::{activate, gate};
 pub use attention::{Attention, attend};
-pub use flash::{mixed_chunk, quadratic};
+pub use depthwise::depthwise;
+pub use flash::{Flash, FlashLm, Gau, mixed_chunk, quadratic};
 pub use linear::{Linear, linear};
+pub use loss::cross_entropy;
 pub use minimax::MiniMaxLightning;
 pub use norm::{layer_norm, rms_norm, scale_norm, srms_norm};
-pub use packed::{agent, attend_biased, focused};
+pub use packed::{AgentBiases, agent, attend_biased, focused};
 pub use positions::{lrpe, rope};
 pub use transformer::{Transformer, TransformerBlock};
 pub use transnormer::{GatedLinearAttention, Sglu, TransNormerBlock, TransNormerLlm};
+pub use vision::VisionAttention;
 
 /// What candle's functions return.
 pub type Result<T> = candle_core::Result<T>;

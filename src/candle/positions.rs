@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// # Errors
 /// For shapes that do not fit.
 pub fn lrpe(rt: &Arc<Runtime>, x: &Tensor, lrpe: &Lrpe, offset: usize) -> Result<Tensor> {
-    apply1(rt, Turned { lrpe: lrpe.clone(), offset }, x)
+    apply1(rt, From { position: lrpe.clone(), start: offset }, x)
 }
 
 /// The angles of [`lrpe`] from a tensor `[heads, 1, dim]`.
@@ -30,67 +30,70 @@ pub(super) fn angles(theta: &Tensor) -> Result<Lrpe> {
 /// # Errors
 /// For heads that are narrower than what turns.
 pub fn rope(rt: &Arc<Runtime>, x: &Tensor, rope: &Rope, start: usize) -> Result<Tensor> {
-    apply1(rt, Rotary { rope: rope.clone(), start }, x)
+    apply1(rt, From { position: rope.clone(), start }, x)
 }
 
-struct Turned {
-    lrpe: Lrpe,
-    offset: usize,
+/// What differs between positions.
+trait Position: Send + Sync + 'static {
+    const NAME: &'static str;
+    /// How much wider a head becomes.
+    const FACTOR: usize;
+
+    fn turn(&self, rt: &Runtime, x: Head<'_>, start: usize, out: HeadMut<'_>) -> Outcome<()>;
+
+    fn back(&self, rt: &Runtime, start: usize, dout: Head<'_>, dx: HeadMut<'_>) -> Outcome<()>;
 }
 
-/// `[batch, len, heads, factor dim]`
-fn shape(op: &'static str, x: &[usize], factor: usize) -> Outcome<Vec<usize>> {
-    match x {
-        &[batch, len, heads, dim] => Ok(vec![batch, len, heads, factor * dim]),
-        _ => Err(Error::shape(op, "x", "[batch, len, heads, dim]", x)),
-    }
-}
+/// `[batch, len, heads, dim]`
+type Head<'a> = View<'a, f32, 4>;
+type HeadMut<'a> = ViewMut<'a, f32, 4>;
 
-impl Op<1> for Turned {
+impl Position for Lrpe {
     const NAME: &'static str = "lrpe";
+    const FACTOR: usize = 2;
 
-    fn shape(&self, [x]: [&[usize]; 1]) -> Outcome<Vec<usize>> {
-        shape(<Self as Op<1>>::NAME, x, 2)
+    fn turn(&self, rt: &Runtime, x: Head<'_>, start: usize, out: HeadMut<'_>) -> Outcome<()> {
+        self.forward(rt, x, start, out)
     }
 
-    fn forward<E: Element>(
-        &self,
-        rt: &Runtime,
-        [x]: [Arg<'_, E>; 1],
-        out: &mut [E],
-    ) -> Outcome<()> {
-        let x = x.float();
-        let x = x.view::<4>(Self::NAME, "x")?;
-        let [batch, len, heads, dim] = x.shape();
-        floats([out], |[out]| {
-            let out = ViewMut::new(out, [batch, len, heads, 2 * dim])?;
-            self.lrpe.forward(rt, x, self.offset, out)
-        })
-    }
-
-    fn backward<E: Element>(
-        &self,
-        rt: &Runtime,
-        [x]: [Arg<'_, E>; 1],
-        dout: Arg<'_, E>,
-        [dx]: [&mut [E]; 1],
-    ) -> Outcome<()> {
-        let (shape, dout) = (x.view::<4>(Self::NAME, "x")?.shape(), dout.float());
-        let dout = dout.view(Self::NAME, "dout")?;
-        floats([dx], |[dx]| self.lrpe.backward(rt, self.offset, dout, ViewMut::new(dx, shape)?))
+    fn back(&self, rt: &Runtime, start: usize, dout: Head<'_>, dx: HeadMut<'_>) -> Outcome<()> {
+        self.backward(rt, start, dout, dx)
     }
 }
 
-struct Rotary {
-    rope: Rope,
+impl Position for Rope {
+    const NAME: &'static str = "rope";
+    const FACTOR: usize = 1;
+
+    fn turn(&self, rt: &Runtime, x: Head<'_>, start: usize, out: HeadMut<'_>) -> Outcome<()> {
+        self.forward(rt, x, Positions::From(start), out)
+    }
+
+    fn back(&self, rt: &Runtime, start: usize, dout: Head<'_>, dx: HeadMut<'_>) -> Outcome<()> {
+        self.backward(rt, Positions::From(start), dout, dx)
+    }
+}
+
+/// Tokens from position `start` on.
+struct From<P> {
+    position: P,
     start: usize,
 }
 
-impl Op<1> for Rotary {
-    const NAME: &'static str = "rope";
+impl<P: Position> From<P> {
+    fn shape([batch, len, heads, dim]: [usize; 4]) -> Outcome<[usize; 4]> {
+        let wide = dim.checked_mul(P::FACTOR);
+        let wide = wide.ok_or_else(|| Error::value(P::NAME, "x", "an addressable width", dim))?;
+        Ok([batch, len, heads, wide])
+    }
+}
+
+impl<P: Position> Op<1> for From<P> {
+    const NAME: &'static str = P::NAME;
 
     fn shape(&self, [x]: [&[usize]; 1]) -> Outcome<Vec<usize>> {
-        shape(<Self as Op<1>>::NAME, x, 1)
+        let rank = |_| Error::shape(P::NAME, "x", "[batch, len, heads, dim]", x);
+        Ok(Self::shape(x.try_into().map_err(rank)?)?.to_vec())
     }
 
     fn forward<E: Element>(
@@ -100,9 +103,9 @@ impl Op<1> for Rotary {
         out: &mut [E],
     ) -> Outcome<()> {
         let x = x.float();
-        let x = x.view::<4>(Self::NAME, "x")?;
-        let at = Positions::From(self.start);
-        floats([out], |[out]| self.rope.forward(rt, x, at, ViewMut::new(out, x.shape())?))
+        let x = x.view(P::NAME, "x")?;
+        let shape = Self::shape(x.shape())?;
+        floats([out], |[out]| self.position.turn(rt, x, self.start, ViewMut::new(out, shape)?))
     }
 
     fn backward<E: Element>(
@@ -112,9 +115,8 @@ impl Op<1> for Rotary {
         dout: Arg<'_, E>,
         [dx]: [&mut [E]; 1],
     ) -> Outcome<()> {
-        let (shape, dout) = (x.view::<4>(Self::NAME, "x")?.shape(), dout.float());
-        let dout = dout.view(Self::NAME, "dout")?;
-        let at = Positions::From(self.start);
-        floats([dx], |[dx]| self.rope.backward(rt, at, dout, ViewMut::new(dx, shape)?))
+        let (shape, dout) = (x.view::<4>(P::NAME, "x")?.shape(), dout.float());
+        let dout = dout.view(P::NAME, "dout")?;
+        floats([dx], |[dx]| self.position.back(rt, self.start, dout, ViewMut::new(dx, shape)?))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::linear::{embed, embedding_and_head};
 use super::norm::NormLayer;
-use super::{Linear, Result, activate, attend, rope, wrap};
+use super::{Linear, Result, activate, attend, gate, rope, wrap};
 use crate::attention::Mask;
 use crate::attention::softmax::SoftmaxAttention;
 use crate::layers::Rope;
@@ -83,8 +83,8 @@ impl TransformerBlock {
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
         let (act, _) = self.config.ffn.parts();
         let inner = match &self.gate {
-            Some(gate) => (activate(&gate.forward(x)?, act)? * self.up.forward(x)?)?,
-            None => activate(&self.up.forward(x)?, act)?,
+            Some(map) => gate(&self.rt, act, &map.forward(x)?, &self.up.forward(x)?)?,
+            None => activate(&self.rt, &self.up.forward(x)?, act)?,
         };
         self.down.forward(&inner)
     }

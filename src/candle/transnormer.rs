@@ -1,10 +1,13 @@
 //! TransNormerLLM.
 
+use super::gla::{self, Gla};
 use super::linear::{embed, embedding_and_head};
 use super::positions::angles;
-use super::{Linear, Result, activate, attend, lrpe, srms_norm, wrap};
+use super::sglu;
+use super::stream::Stream;
+use super::{Linear, Result, gate, srms_norm, wrap};
 use crate::attention::lightning::LightningAttention;
-use crate::layers::{GlaConfig, Lrpe, SgluConfig};
+use crate::layers::{GlaConfig, SgluConfig};
 use crate::models::TransNormerConfig;
 use crate::runtime::Runtime;
 use candle_core::{Module, Tensor, bail};
@@ -16,11 +19,9 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct GatedLinearAttention {
     rt: Arc<Runtime>,
-    config: GlaConfig,
     qkvu_proj: Linear,
+    gla: Gla,
     out_proj: Linear,
-    theta: Option<Lrpe>,
-    attention: LightningAttention,
 }
 
 impl GatedLinearAttention {
@@ -42,11 +43,24 @@ impl GatedLinearAttention {
         });
         Ok(Self {
             rt: rt.clone(),
-            config,
             qkvu_proj: Linear::load(rt, [embed_dim, 4 * hidden_dim], bias, vb.pp("qkvu_proj"))?,
+            gla: Gla {
+                config,
+                theta: theta.transpose()?.map(|t| angles(&t)).transpose()?,
+                attention: LightningAttention::new(slopes).map_err(wrap)?,
+            },
             out_proj: Linear::load(rt, [hidden_dim, embed_dim], bias, vb.pp("out_proj"))?,
-            theta: theta.transpose()?.map(|t| angles(&t)).transpose()?,
-            attention: LightningAttention::new(slopes).map_err(wrap)?,
+        })
+    }
+}
+
+impl GatedLinearAttention {
+    fn run(&self, x: &Tensor, stream: Stream) -> Result<Tensor> {
+        if let Some([qkvu, out]) = Linear::plain([&self.qkvu_proj, &self.out_proj]) {
+            return gla::attend(&self.rt, &self.gla, stream, [x, qkvu, out]);
+        }
+        stream.around(&self.rt, x, |x| {
+            self.out_proj.forward(&gla::mix(&self.rt, &self.gla, &self.qkvu_proj.forward(x)?)?)
         })
     }
 }
@@ -54,30 +68,14 @@ impl GatedLinearAttention {
 impl Module for GatedLinearAttention {
     /// `[batch, len, embed]`, each sequence from an empty state.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, len, _) = x.dims3()?;
-        let GlaConfig { hidden_dim, heads, act, norm_eps, .. } = self.config;
-        let qkvu = self.qkvu_proj.forward(x)?;
-        let qk = activate(&qkvu.narrow(2, 0, 2 * hidden_dim)?, act)?;
-        let vu = qkvu.narrow(2, 2 * hidden_dim, 2 * hidden_dim)?;
-        let split = |x: &Tensor, at| {
-            let parts = x.reshape((batch, len, 2, heads, hidden_dim / heads))?;
-            parts.narrow(2, at, 1)?.squeeze(2)
-        };
-        let (mut q, mut k) = (split(&qk, 0)?, split(&qk, 1)?);
-        if let Some(theta) = &self.theta {
-            (q, k) = (lrpe(&self.rt, &q, theta, 0)?, lrpe(&self.rt, &k, theta, 0)?);
-        }
-        let v = split(&vu, 0)?;
-        let mixed = attend(&self.rt, &self.attention, [&q, &k, &v])?;
-        let mixed = srms_norm(&self.rt, &mixed.reshape((batch, len, hidden_dim))?, norm_eps)?;
-        let u = vu.narrow(2, hidden_dim, hidden_dim)?;
-        self.out_proj.forward(&(mixed * u)?)
+        self.run(x, Stream::Alone)
     }
 }
 
 /// The channel mixer, as [`layers::Sglu`](crate::layers::Sglu); parameters `l1`, `l2`, `l3`.
 #[derive(Clone, Debug)]
 pub struct Sglu {
+    rt: Arc<Runtime>,
     config: SgluConfig,
     l1: Linear,
     l2: Linear,
@@ -97,6 +95,7 @@ impl Sglu {
     ) -> Result<Self> {
         let SgluConfig { embed_dim, glu_dim, .. } = config;
         Ok(Self {
+            rt: rt.clone(),
             config,
             l1: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l1"))?,
             l2: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l2"))?,
@@ -105,11 +104,20 @@ impl Sglu {
     }
 }
 
+impl Sglu {
+    fn run(&self, x: &Tensor, stream: Stream) -> Result<Tensor> {
+        let Self { rt, config: SgluConfig { act, .. }, l1, l2, l3 } = self;
+        if let Some([w1, w2, w3]) = Linear::plain([l1, l2, l3]) {
+            return sglu::mix(rt, *act, stream, [x, &Tensor::cat(&[w1, w2], 0)?, w3]);
+        }
+        stream.around(rt, x, |x| l3.forward(&gate(rt, *act, &l1.forward(x)?, &l2.forward(x)?)?))
+    }
+}
+
 impl Module for Sglu {
     /// `[.., embed]`
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate = activate(&self.l1.forward(x)?, self.config.act)?;
-        self.l3.forward(&(gate * self.l2.forward(x)?)?)
+        self.run(x, Stream::Alone)
     }
 }
 
@@ -160,11 +168,8 @@ impl TransNormerBlock {
 impl Module for TransNormerBlock {
     /// `[batch, len, embed]`, each sequence from an empty state.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let rt = &self.token_mixer.rt;
-        let mixed = self.token_mixer.forward(&srms_norm(rt, x, self.norm_eps)?)?;
-        let x = (x + mixed)?;
-        let mixed = self.channel_mixer.forward(&srms_norm(rt, &x, self.norm_eps)?)?;
-        x + mixed
+        let stream = Stream::Residual { eps: self.norm_eps };
+        self.channel_mixer.run(&self.token_mixer.run(x, stream)?, stream)
     }
 }
 

@@ -296,7 +296,7 @@ fn agents_have_the_gradients_of_candle() -> Result<()> {
     for engine in engines() {
         let rt = Arc::new(engine.runtime());
         let op = AgentAttention::new();
-        let got = gradients(&args, |t| agent(&rt, &op, [&t[0], &t[1], &t[2]], &t[3]))?;
+        let got = gradients(&args, |t| agent(&rt, &op, [&t[0], &t[1], &t[2]], &t[3], None))?;
         for (got, want) in got.iter().zip(&want) {
             let err = rel_err(got, &widen(want));
             assert!(err <= engine.tolerance(1e-5, true), "{engine:?}: {err:.1e}");

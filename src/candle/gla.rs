@@ -1,0 +1,272 @@
+//! Gated linear attention, its norm and its residual stream as one operation: what lies between is kept from the forward
+//! to the backward pass here instead of becoming tensors, each of which would cost a sum of gradients.
+
+use super::Result;
+use super::call::{Arg, Op, apply1, apply3, floats};
+use super::stream::Stream;
+use crate::attention::lightning::LightningAttention;
+use crate::attention::{Gradients, Inputs, State};
+use crate::error::{Error, Result as Outcome, expect_shape};
+use crate::layers::{Activation, GlaConfig, Lrpe, Norm, NormGradients, affine, pointwise};
+use crate::runtime::Runtime;
+use crate::tensor::{Element, View, ViewMut};
+use candle_core::Tensor;
+use std::sync::{Arc, OnceLock};
+
+/// What a layer knows besides its weights.
+#[derive(Clone, Debug)]
+pub(super) struct Gla {
+    pub config: GlaConfig,
+    pub theta: Option<Lrpe>,
+    pub attention: LightningAttention,
+}
+
+/// `[x +] mix(norm(x) Wqkvu^T) Wout^T` with `mix = SRMSNorm(lightning(lrpe(act(q)), lrpe(act(k)), v)) * u`.
+pub(super) fn attend(
+    rt: &Arc<Runtime>,
+    gla: &Gla,
+    stream: Stream,
+    [x, qkvu, out]: [&Tensor; 3],
+) -> Result<Tensor> {
+    apply3(rt, Layer { gla: gla.clone(), stream, kept: OnceLock::new() }, [x, qkvu, out])
+}
+
+/// The mix alone, of `[batch, len, 4 hidden]`: between maps with biases.
+pub(super) fn mix(rt: &Arc<Runtime>, gla: &Gla, qkvu: &Tensor) -> Result<Tensor> {
+    apply1(rt, Mix { gla: gla.clone(), kept: OnceLock::new() }, qkvu)
+}
+
+struct Mix {
+    gla: Gla,
+    kept: OnceLock<Kept>,
+}
+
+struct Layer {
+    gla: Gla,
+    stream: Stream,
+    kept: OnceLock<Kept>,
+}
+
+/// What the backward pass needs of the forward one.
+struct Kept {
+    /// `[batch, len, 4 hidden]`
+    qkvu: Vec<f32>,
+    /// Queries and keys as attention takes them, `[batch, len, heads, width]`.
+    q: Vec<f32>,
+    k: Vec<f32>,
+    wide: [usize; 4],
+    /// The result of attention, `[batch, len, hidden]`, before and after the norm.
+    o: Vec<f32>,
+    normed: Vec<f32>,
+}
+
+const OP: &str = "gated linear attention";
+
+impl Gla {
+    fn run(&self, rt: &Runtime, [batch, len]: [usize; 2], qkvu: Vec<f32>) -> Outcome<Kept> {
+        let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
+        let all = View::new(&qkvu, [batch, len, 4 * h])?;
+        let [q, k, v] = [0, 1, 2].map(|i| all.slice(2, i * h, (i + 1) * h));
+        let v = v.split_heads(heads)?;
+        let narrow = v.shape();
+        let mut wide = narrow;
+        if self.theta.is_some() {
+            wide[3] *= 2;
+        }
+        let turn = |x: View<'_, f32, 3>| -> Outcome<Vec<f32>> {
+            let x = x.merge_rows()?;
+            let mut own = vec![0.0; batch * len * h];
+            pointwise::activate(rt, act, x, ViewMut::new(&mut own, x.shape())?)?;
+            let Some(theta) = &self.theta else { return Ok(own) };
+            let mut turned = vec![0.0; 2 * own.len()];
+            theta.forward(rt, View::new(&own, narrow)?, 0, ViewMut::new(&mut turned, wide)?)?;
+            Ok(turned)
+        };
+        let (q, k) = (turn(q)?, turn(k)?);
+        let [mut o, mut normed] = [(); 2].map(|()| vec![0.0; batch * len * h]);
+        let mut state = State::new(batch, heads, wide[3], narrow[3])?;
+        let [a, b] = [View::new(&q, wide)?, View::new(&k, wide)?];
+        self.attention.forward(rt, a, b, v, ViewMut::new(&mut o, narrow)?, &mut state)?;
+        let rows = [batch * len, h];
+        let norm = Norm::simple_rms(norm_eps)?;
+        norm.forward(rt, View::new(&o, rows)?, ViewMut::new(&mut normed, rows)?)?;
+        Ok(Kept { qkvu, q, k, wide, o, normed })
+    }
+
+    /// `normed * u`
+    fn gated(&self, rt: &Runtime, kept: &Kept) -> Outcome<Vec<f32>> {
+        let h = self.config.hidden_dim;
+        let rows = [kept.o.len() / h.max(1), h];
+        let mut mixed = vec![0.0; kept.o.len()];
+        let u = View::new(&kept.qkvu, [rows[0], 4 * h])?.slice(1, 3 * h, 4 * h);
+        let (normed, out) = (View::new(&kept.normed, rows)?, ViewMut::new(&mut mixed, rows)?);
+        pointwise::gate(rt, Activation::Identity, u, normed, out)?;
+        Ok(mixed)
+    }
+
+    /// The gradient of `qkvu` from that of [`gated`](Self::gated), whose memory serves others behind it.
+    fn back(&self, rt: &Runtime, kept: &Kept, mut dmixed: Vec<f32>) -> Outcome<Vec<f32>> {
+        let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
+        let Kept { qkvu, q, k, wide, o, normed } = kept;
+        let (wide @ [batch, len, ..], rows) = (*wide, [o.len() / h.max(1), h]);
+        let narrow = [batch, len, heads, h / heads];
+        let all = View::new(qkvu, [batch, len, 4 * h])?;
+        let parts = [0, 1, 2, 3].map(|i| all.slice(2, i * h, (i + 1) * h));
+        let mut grad = vec![0.0; qkvu.len()];
+        let (dq, rest) = ViewMut::new(&mut grad, all.shape())?.split_at(2, h);
+        let (dk, rest) = rest.split_at(2, h);
+        let (dv, du) = rest.split_at(2, h);
+        let mut dnormed = vec![0.0; o.len()];
+        let (u, dout) = (parts[3].merge_rows()?, View::new(&dmixed, rows)?);
+        let grads = [du.merge_rows()?, ViewMut::new(&mut dnormed, rows)?];
+        pointwise::gate_backward(
+            rt,
+            Activation::Identity,
+            u,
+            View::new(normed, rows)?,
+            dout,
+            grads,
+        )?;
+        let gradients =
+            NormGradients { x: ViewMut::new(&mut dmixed, rows)?, weight: None, bias: None };
+        let (o, dnormed) = (View::new(o, rows)?, View::new(&dnormed, rows)?);
+        Norm::simple_rms(norm_eps)?.backward(rt, o, dnormed, gradients)?;
+        let [mut wide_q, mut wide_k] = [(); 2].map(|()| vec![0.0; q.len()]);
+        let (q, k) = (View::new(q, wide)?, View::new(k, wide)?);
+        let (v, dout) = (parts[2].split_heads(heads)?, View::new(&dmixed, narrow)?);
+        let grads = Gradients {
+            q: ViewMut::new(&mut wide_q, wide)?,
+            k: ViewMut::new(&mut wide_k, wide)?,
+            v: dv.split_heads(heads)?,
+            state: None,
+        };
+        self.attention.backward(rt, Inputs { q, k, v, state: None, dout }, grads)?;
+        for (turned, x, to) in [(&wide_q, parts[0], dq), (&wide_k, parts[1], dk)] {
+            let mut flat = turned;
+            if let Some(theta) = &self.theta {
+                let back = ViewMut::new(&mut dmixed, narrow)?;
+                theta.backward(rt, 0, View::new(turned, wide)?, back)?;
+                flat = &dmixed;
+            }
+            let (x, to) = (x.merge_rows()?, to.merge_rows()?);
+            pointwise::activate_backward(rt, act, x, View::new(flat, rows)?, to)?;
+        }
+        Ok(grad)
+    }
+}
+
+impl Op<3> for Layer {
+    const NAME: &'static str = OP;
+
+    fn shape(&self, [x, qkvu, out]: [&[usize]; 3]) -> Outcome<Vec<usize>> {
+        let [_, _, width] = *x else {
+            return Err(Error::shape(OP, "x", "[batch, len, embed]", x));
+        };
+        let hidden = self.gla.config.hidden_dim;
+        let wide = [hidden.saturating_mul(4), width];
+        let fits = |arg, letters, expected: [usize; 2], got: &[usize]| match got == expected {
+            true => Ok(()),
+            false => Err(Error::shape(OP, arg, alloc::format!("{letters} = {expected:?}"), got)),
+        };
+        fits("qkvu", "[4 hidden, embed]", wide, qkvu)?;
+        fits("out", "[embed, hidden]", [width, hidden], out)?;
+        Ok(x.to_vec())
+    }
+
+    fn forward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [x, qkvu, out]: [Arg<'_, E>; 3],
+        to: &mut [E],
+    ) -> Outcome<()> {
+        let [batch, len] = [x.shape()[0], x.shape()[1]];
+        let (x, w, wout) = (x.float(), qkvu.float(), out.float());
+        let (x, w, wout) = (x.rows()?, w.view::<2>(OP, "qkvu")?, wout.view::<2>(OP, "out")?);
+        let [n, h4] = [x.shape()[0], w.shape()[0]];
+        let mut all = vec![0.0; n * h4];
+        self.stream
+            .normed(rt, x, |x| affine::forward(rt, x, w, None, ViewMut::new(&mut all, [n, h4])?))?;
+        let kept = self.gla.run(rt, [batch, len], all)?;
+        let mixed = self.gla.gated(rt, &kept)?;
+        floats([to], |[to]| {
+            let mixed = View::new(&mixed, [n, wout.shape()[1]])?;
+            affine::forward(rt, mixed, wout, None, ViewMut::new(to, x.shape())?)?;
+            self.stream.add(rt, x, to)
+        })?;
+        // Whoever asked first keeps it: an operation is called once.
+        self.kept.get_or_init(|| kept);
+        Ok(())
+    }
+
+    fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [x, qkvu, out]: [Arg<'_, E>; 3],
+        dout: Arg<'_, E>,
+        grads: [&mut [E]; 3],
+    ) -> Outcome<()> {
+        let Some(kept) = self.kept.get() else { return Err(early()) };
+        let (x, w, wout, dout) = (x.float(), qkvu.float(), out.float(), dout.float());
+        let (x, w, wout) = (x.rows()?, w.view::<2>(OP, "qkvu")?, wout.view::<2>(OP, "out")?);
+        let dout = dout.rows()?;
+        let [n, h] = [x.shape()[0], wout.shape()[1]];
+        expect_shape(OP, "dout", "[rows, embed]", x.shape(), dout.shape())?;
+        floats(grads, |[dx, dw, dwout]| {
+            let mut dmixed = vec![0.0; n * h];
+            let mixed = self.gla.gated(rt, kept)?;
+            let to = [ViewMut::new(&mut dmixed, [n, h])?, ViewMut::new(dwout, wout.shape())?];
+            affine::backward(rt, View::new(&mixed, [n, h])?, wout, dout, to, None)?;
+            let all = self.gla.back(rt, kept, dmixed)?;
+            let all = View::new(&all, [n, w.shape()[0]])?;
+            self.stream.back(rt, [x, dout], dx, |x, dx| {
+                affine::backward(rt, x, w, all, [dx, ViewMut::new(dw, w.shape())?], None)
+            })
+        })
+    }
+}
+
+impl Op<1> for Mix {
+    const NAME: &'static str = OP;
+
+    fn shape(&self, [qkvu]: [&[usize]; 1]) -> Outcome<Vec<usize>> {
+        let hidden = self.gla.config.hidden_dim;
+        match *qkvu {
+            [batch, len, width] if hidden.checked_mul(4) == Some(width) => {
+                Ok(vec![batch, len, hidden])
+            }
+            _ => Err(Error::shape(OP, "qkvu", "[batch, len, 4 hidden]", qkvu)),
+        }
+    }
+
+    fn forward<E: Element>(
+        &self,
+        rt: &Runtime,
+        [qkvu]: [Arg<'_, E>; 1],
+        to: &mut [E],
+    ) -> Outcome<()> {
+        let size = [qkvu.shape()[0], qkvu.shape()[1]];
+        let kept = self.gla.run(rt, size, qkvu.to_vec())?;
+        let mixed = self.gla.gated(rt, &kept)?;
+        to.iter_mut().zip(mixed).for_each(|(to, x)| *to = E::from_f32(x));
+        self.kept.get_or_init(|| kept);
+        Ok(())
+    }
+
+    fn backward<E: Element>(
+        &self,
+        rt: &Runtime,
+        _: [Arg<'_, E>; 1],
+        dout: Arg<'_, E>,
+        [grad]: [&mut [E]; 1],
+    ) -> Outcome<()> {
+        let Some(kept) = self.kept.get() else { return Err(early()) };
+        let all = self.gla.back(rt, kept, dout.to_vec())?;
+        grad.iter_mut().zip(all).for_each(|(to, x)| *to = E::from_f32(x));
+        Ok(())
+    }
+}
+
+/// A gradient that is asked for before there is a result.
+fn early() -> Error {
+    Error::value(OP, "dout", "one after a forward pass", "none before it")
+}
