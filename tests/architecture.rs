@@ -41,6 +41,23 @@ fn the_house_rules_hold() {
     assert!(faults.is_empty(), "\n{faults}");
 }
 
+/// Deliberate faults are put where their list says: what they replace stands there, once.
+#[test]
+fn seeded_faults_fit() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = include_str!("faults.txt").lines();
+    let mut count = 0;
+    for line in list.filter(|l| !l.is_empty() && !l.starts_with('#')) {
+        let fields: Vec<_> = line.split(" | ").map(str::trim).collect();
+        let [_, path, old, new, _] = fields[..] else { panic!("five fields: {line}") };
+        let text = std::fs::read_to_string(root.join(path)).expect("a source file");
+        assert_eq!(text.matches(old).count(), 1, "places of `{old}` in {path}");
+        assert_ne!(old, new, "no fault: {line}");
+        count += 1;
+    }
+    assert!(count >= 25, "{count} faults");
+}
+
 /// All `.rs` files below a folder, in a fixed order.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).expect("a folder");

@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::agent`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::agent(call));
+use linattn_fuzz::{Call, operations::agent, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| agent(small(call)));

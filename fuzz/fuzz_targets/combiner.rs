@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::combiner`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::combiner(call));
+use linattn_fuzz::{Call, operations::combiner, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| combiner(small(call)));

@@ -4,6 +4,7 @@
 
 libfuzzer_sys::fuzz_target!(|input: (linattn_fuzz::Call, Vec<u8>, bool, bool)| {
     let (call, borders, sorted, fits) = input;
+    let call = linattn_fuzz::small(call);
     let mut borders: Vec<usize> = borders.into_iter().take(20).map(usize::from).collect();
     if sorted {
         borders.sort_unstable();

@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::focused`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::focused(call));
+use linattn_fuzz::{Call, operations::focused, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| focused(small(call)));

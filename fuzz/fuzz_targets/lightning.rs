@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::lightning`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::lightning(call));
+use linattn_fuzz::{Call, operations::lightning, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| lightning(small(call)));

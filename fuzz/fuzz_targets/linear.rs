@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::linear`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::linear(call));
+use linattn_fuzz::{Call, operations::linear, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| linear(small(call)));

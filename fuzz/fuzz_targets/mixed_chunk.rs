@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::mixed_chunk`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::mixed_chunk(call));
+use linattn_fuzz::{Call, operations::mixed_chunk, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| mixed_chunk(small(call)));

@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::performer`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::performer(call));
+use linattn_fuzz::{Call, operations::performer, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| performer(small(call)));

@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::operations::split`].
 
-libfuzzer_sys::fuzz_target!(|call: linattn_fuzz::Call| linattn_fuzz::operations::split(call));
+use linattn_fuzz::{Call, operations::split, small};
+
+libfuzzer_sys::fuzz_target!(|call: Call| split(small(call)));

@@ -1,4 +1,6 @@
 #![no_main]
 //! See [`linattn_fuzz::files::views`].
 
-libfuzzer_sys::fuzz_target!(|layout: linattn_fuzz::files::Layout| linattn_fuzz::files::views(layout));
+libfuzzer_sys::fuzz_target!(|layout: linattn_fuzz::files::Layout| linattn_fuzz::files::views(
+    layout
+));

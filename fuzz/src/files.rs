@@ -115,6 +115,8 @@ pub struct Damage {
     cut: Option<u16>,
     /// Whether the checksums are made to fit.
     signed: bool,
+    /// Which model.
+    model: u8,
 }
 
 /// The words of a header before its checksum.
@@ -181,7 +183,9 @@ static FLASH: LazyLock<Saved<FlashLmConfig>> =
 
 /// A saved state is refused and changes nothing, or continues as what it says.
 pub fn state(damage: &Damage) {
-    damaged(&LIGHTNING.0, &LIGHTNING.1, damage);
-    damaged(&SOFTMAX.0, &SOFTMAX.1, damage);
-    damaged(&FLASH.0, &FLASH.1, damage);
+    match damage.model % 3 {
+        0 => damaged(&LIGHTNING.0, &LIGHTNING.1, damage),
+        1 => damaged(&SOFTMAX.0, &SOFTMAX.1, damage),
+        _ => damaged(&FLASH.0, &FLASH.1, damage),
+    }
 }

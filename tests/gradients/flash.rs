@@ -394,6 +394,22 @@ fn what_is_hidden_is_not_looked_at() {
     }
 }
 
+/// A query that is not a number spoils its own gradient and its own row of the bias, no other.
+#[test]
+fn one_query_spoils_one_row() {
+    for isa in isas() {
+        let (rt, act) = (with_threads(isa, None), ScoreActivation::Relu2);
+        let mut p = Quadratic::new((act, false), [1, 7, 9, 5, 6], 500);
+        let want = p.naive::<f32>();
+        p.inputs[0][..5].fill(f32::NAN);
+        let got = p.run::<f32>(&rt);
+        for (i, width) in [(0, 5), (4, 9)] {
+            assert!(got[i][..width].iter().any(|x| x.is_nan()), "{isa:?}");
+            assert!(rel_err(&got[i][width..], &want[i][width..]) <= F32, "{isa:?}");
+        }
+    }
+}
+
 #[test]
 fn bad_shapes_are_refused_untouched() {
     let rt = runtime(isas()[0]);

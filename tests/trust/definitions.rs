@@ -11,8 +11,8 @@ use call::{Call, Rows, flags, near};
 use linattn::Isa;
 use linattn::tensor::Rng;
 
-/// Calls of one operation, a quarter of them long.
-fn check(name: &str, count: u32, op: fn(Call)) {
+/// Calls of one operation, a quarter of them long, and a quarter of a few tokens, as when decoding.
+pub fn check(name: &str, count: u32, op: fn(Call)) {
     let seed = 17;
     println!("{name}: {count} calls, seed {seed}");
     let mut rng = Rng::new(seed);
@@ -24,6 +24,9 @@ fn check(name: &str, count: u32, op: fn(Call)) {
         let mut sizes = [(); 6].map(|()| byte());
         if i % 4 > 0 {
             (sizes[1], sizes[2]) = (sizes[1] % 40, sizes[2] % 40);
+        }
+        if i % 4 == 1 {
+            sizes[1] %= 4;
         }
         let options = [(); 4].map(|()| byte());
         let isa = tested[i as usize % tested.len()] as u8;
@@ -40,15 +43,18 @@ macro_rules! operations {
             }
         )*
 
-        #[test]
-        #[ignore = "thousands of calls of every operation"]
-        fn thousands() {
-            $( check(stringify!($name), 4000, operations::$name); )*
-        }
+        /// Those with a definition.
+        pub const OPERATIONS: &[(&str, fn(Call))] = &[$((stringify!($name), operations::$name)),*];
     };
 }
 
 operations!(lightning split linear softmax agent focused mixed_chunk performer combiner);
+
+#[test]
+#[ignore = "thousands of calls of every operation"]
+fn thousands() {
+    OPERATIONS.iter().for_each(|(name, op)| check(name, 4000, *op));
+}
 
 #[test]
 fn packed_sequences() {

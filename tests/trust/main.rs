@@ -1,10 +1,13 @@
 //! What must hold for every operation, whatever it computes.
 #![cfg(target_os = "linux")]
 
+mod agreement;
 mod arguments;
 #[path = "../support/calls.rs"]
 mod calls;
 mod definitions;
+#[cfg(target_arch = "x86_64")]
+mod denied;
 mod guard_pages;
 #[path = "../support/memory.rs"]
 mod memory;

@@ -82,3 +82,17 @@ fn the_nth_allocation_fails() {
         }
     }
 }
+
+#[test]
+fn projections_are_refused() {
+    use linattn::attention::performer::{RowNorm, orthogonal_projection};
+    for n in 0.. {
+        LEFT.set(Some(n));
+        let made = orthogonal_projection(40, 16, RowNorm::Gaussian, 1);
+        LEFT.set(None);
+        match made {
+            Ok(_) => return assert!(n > 0, "nothing was refused"),
+            Err(e) => assert!(matches!(e, Error::Alloc { .. }), "{e}"),
+        }
+    }
+}

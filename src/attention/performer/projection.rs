@@ -2,7 +2,6 @@
 
 use crate::error::{Error, Result};
 use crate::tensor::{Rng, Tensor};
-use alloc::vec;
 use alloc::vec::Vec;
 
 /// How long the rows of a projection are.
@@ -48,35 +47,40 @@ pub fn orthogonal_projection(
         }
     }
     let mut out = Tensor::zeros([features, dk])?;
+    // The orthonormal rows of a block so far, and the one that is formed.
+    let rows = features.min(dk);
+    let (len, mut room) = (rows * dk, Vec::<f64>::new());
+    let failed = |_| Error::Alloc { op: "projection", bytes: len.saturating_mul(8) };
+    room.try_reserve_exact(len).map_err(failed)?;
+    room.resize(len, 0.0);
     let mut rng = Rng::new(seed);
-    let mut gaussian = || -> Vec<f64> { (0..dk).map(|_| f64::from(rng.normal())).collect() };
+    let mut normal = || f64::from(rng.normal());
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    for block in out.as_mut_slice().chunks_mut(dk * dk) {
-        let mut basis: Vec<Vec<f64>> = vec![];
-        for row in block.chunks_exact_mut(dk) {
-            let unit = loop {
-                let mut x = gaussian();
+    for block in out.as_mut_slice().chunks_mut(len) {
+        for (i, row) in block.chunks_exact_mut(dk).enumerate() {
+            let (basis, rest) = room.split_at_mut(i * dk);
+            let unit = &mut rest[..dk];
+            let length = loop {
+                unit.fill_with(&mut normal);
                 // Twice is enough: what the first pass leaves behind is rounding.
                 for _ in 0..2 {
-                    for e in &basis {
-                        let along = dot(&x, e);
-                        x.iter_mut().zip(e).for_each(|(x, e)| *x -= along * e);
+                    for e in basis.chunks_exact(dk) {
+                        let along = dot(unit, e);
+                        unit.iter_mut().zip(e).for_each(|(x, e)| *x -= along * e);
                     }
                 }
-                let len = libm::sqrt(dot(&x, &x));
-                if len > 1e-6 {
-                    break x.into_iter().map(|x| x / len).collect::<Vec<f64>>();
+                let length = libm::sqrt(dot(unit, unit));
+                if length > 1e-6 {
+                    break length;
                 }
             };
-            let len = match norm {
-                RowNorm::Gaussian => {
-                    let x = gaussian();
-                    libm::sqrt(dot(&x, &x))
-                }
-                RowNorm::Fixed => libm::sqrt(dk as f64),
+            unit.iter_mut().for_each(|x| *x /= length);
+            let square = match norm {
+                RowNorm::Gaussian => (0..dk).map(|_| normal()).map(|x| x * x).sum(),
+                RowNorm::Fixed => dk as f64,
             };
-            row.iter_mut().zip(&unit).for_each(|(to, x)| *to = (len * x) as f32);
-            basis.push(unit);
+            let length = libm::sqrt(square);
+            row.iter_mut().zip(&*unit).for_each(|(to, x)| *to = (length * x) as f32);
         }
     }
     Ok(out)

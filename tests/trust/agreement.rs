@@ -1,0 +1,74 @@
+//! Instruction sets agree with each other, here and, through a folder, on other machines.
+
+use crate::calls::{Call, Size};
+use crate::memory::{Memory, Place};
+use crate::support::{Engine, engines, rel_err, widen};
+use linattn::{Isa, Precision};
+use std::fs;
+use std::path::PathBuf;
+
+/// Names a folder. Results are written to it where it has none yet, and compared with what it has.
+const FOLDER: &str = "LINATTN_TEST_RESULTS";
+/// Distance of two instruction sets in single precision.
+const F32: f64 = 5e-7;
+/// Where a result is what is left of larger numbers, and agrees as it agrees with its definition: `1 + erf` of keys
+/// that hardly count, and sums of weights in 8 bits with 384 times the inputs in them.
+const LEFT: [(&str, f64); 3] = [("quadratic", 2e-6), ("FLASH", 2e-6), ("map of int8", 2e-6)];
+
+const SIZES: [Size; 3] = [
+    Size { batch: 2, len: 1, heads: 2, dk: 17, dv: 9 },
+    Size { batch: 1, len: 45, heads: 3, dk: 20, dv: 33 },
+    Size { batch: 2, len: 150, heads: 2, dk: 64, dv: 64 },
+];
+
+fn results(engine: Engine, call: Call, size: Size) -> Vec<Vec<f32>> {
+    let memory = Memory::new(Place::Last, 0, 7);
+    call(&engine.with_threads(Some(1)), size, &memory).expect("a good call");
+    let float = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("four bytes"));
+    memory.results().iter().map(|out| out.chunks_exact(4).map(float).collect()).collect()
+}
+
+/// What a folder has, or is given now.
+fn kept(name: &str, results: &[Vec<f32>]) -> Option<Vec<Vec<f32>>> {
+    let file = PathBuf::from(std::env::var_os(FOLDER)?).join(name.replace(' ', "_"));
+    if let Ok(bytes) = fs::read(&file) {
+        let mut floats =
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let part = |out: &Vec<f32>| floats.by_ref().take(out.len()).collect();
+        return Some(results.iter().map(part).collect());
+    }
+    let bytes: Vec<u8> = results.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
+    fs::write(file, bytes).expect("a folder");
+    None
+}
+
+#[test]
+fn instruction_sets_agree() {
+    let portable = Engine { isa: Isa::Portable, precision: Precision::F32 };
+    let mut worst = (0.0, String::new());
+    for (name, call) in crate::all() {
+        let bound = LEFT.iter().find(|(left, _)| *left == name).map_or(F32, |(_, bound)| *bound);
+        for (i, size) in SIZES.into_iter().enumerate() {
+            let want = results(portable, call, size);
+            let kept = kept(&format!("{name} {i}"), &want);
+            for engine in engines() {
+                let got = results(engine, call, size);
+                let mut error = 0.0f64;
+                for want in [Some(&want), kept.as_ref()].into_iter().flatten() {
+                    assert_eq!(got.len(), want.len(), "{name}: number of results");
+                    for (got, want) in got.iter().zip(want) {
+                        error = error.max(rel_err(got, &widen(want)));
+                    }
+                }
+                let what = format!("{name} {i}, {} {}: {error:.1e}", engine.isa, engine.name());
+                assert!(error <= engine.tolerance(bound, true), "{what}");
+                if error > F32 {
+                    println!("{what}");
+                } else if engine.precision == Precision::F32 && error > worst.0 {
+                    worst = (error, what);
+                }
+            }
+        }
+    }
+    println!("the rest: {}", worst.1);
+}
