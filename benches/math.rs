@@ -30,6 +30,7 @@ macro_rules! functions {
 }
 functions! {
     Exp: math::exp,
+    ExpNonpositive: math::exp_nonpositive,
     Ln: math::ln,
     Tanh: math::tanh,
     Sigmoid: math::sigmoid,

@@ -106,7 +106,7 @@ pub fn online_rows<L: Lanes>(
         let new = l.max(old, l.load_head(f));
         let nothing = l.le(new, l.splat(f32::NEG_INFINITY));
         let base = l.select(nothing, l.zero(), new);
-        l.store_head(f, math::exp(l, l.sub(old, base)));
+        l.store_head(f, math::exp_nonpositive(l, l.sub(old, base)));
         l.store_head(m, new);
     }
     for r in 0..rows {
@@ -183,14 +183,14 @@ fn columns<L: Lanes, const W: usize>(
         let old = l.load(&online.max[at..]);
         let new = l.max(old, top[w]);
         base[w] = l.select(l.le(new, low), l.zero(), new);
-        l.store(&mut online.factor[at..], math::exp(l, l.sub(old, base[w])));
+        l.store(&mut online.factor[at..], math::exp_nonpositive(l, l.sub(old, base[w])));
         l.store(&mut online.max[at..], new);
     }
     let mut sum = [l.zero(); W];
     for r in 0..m {
         let row = &mut scores[r * stride + c..][..W * L::N];
         for w in 0..W {
-            let x = math::exp(l, l.sub(l.load(&row[w * L::N..]), base[w]));
+            let x = math::exp_nonpositive(l, l.sub(l.load(&row[w * L::N..]), base[w]));
             l.store(&mut row[w * L::N..], x);
             sum[w] = l.add(sum[w], x);
         }
@@ -240,16 +240,16 @@ fn exp_row<L: Lanes>(l: L, row: &mut [f32], max: f32) -> f32 {
     let mut groups = full.chunks_exact_mut(WIDE);
     for x in &mut groups {
         for w in 0..WIDE {
-            x[w] = math::exp(l, l.sub(x[w], max));
+            x[w] = math::exp_nonpositive(l, l.sub(x[w], max));
             acc[w] = l.add(acc[w], x[w]);
         }
     }
     for x in groups.into_remainder() {
-        *x = math::exp(l, l.sub(*x, max));
+        *x = math::exp_nonpositive(l, l.sub(*x, max));
         acc[0] = l.add(acc[0], *x);
     }
     if !tail.is_empty() {
-        let x = math::exp(l, l.sub(l.load_head(tail), max));
+        let x = math::exp_nonpositive(l, l.sub(l.load_head(tail), max));
         l.store_head(tail, x);
         // Read back: lanes behind the end are zero then.
         acc[1] = l.add(acc[1], l.load_head(tail));

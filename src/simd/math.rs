@@ -38,9 +38,13 @@ fn poly<L: Lanes, const K: usize>(l: L, x: L::F, c: [f32; K]) -> L::F {
 #[inline(always)]
 fn exp_reduce<L: Lanes>(l: L, x: L::F) -> (L::F, L::F) {
     let k = l.mul_add(x, l.splat(LOG2E), l.splat(ROUND));
-    let n = l.sub(k, l.splat(ROUND));
-    let r = l.neg_mul_add(n, l.splat(LN2_HI), x);
-    (k, l.neg_mul_add(n, l.splat(LN2_LO), r))
+    (k, exp_rest(l, x, l.sub(k, l.splat(ROUND))))
+}
+
+/// `x - n ln 2`
+#[inline(always)]
+fn exp_rest<L: Lanes>(l: L, x: L::F, n: L::F) -> L::F {
+    l.mul_add(n, l.splat(-LN2_LO), l.mul_add(n, l.splat(-LN2_HI), x))
 }
 
 /// `(e^r - 1 - r) / r^2` for `|r| <= 0.38`
@@ -74,6 +78,26 @@ pub fn exp<L: Lanes>(l: L, x: L::F) -> L::F {
     // The sum is infinite for arguments that are too large, and NaN for NaN.
     let over = l.add(x, l.splat(f32::INFINITY));
     l.select(l.le(x, l.splat(EXP_HIGH)), y, over)
+}
+
+/// `e^x` within 2 ulp for `x <= 0`, in half of the steps of [`exp`]: sums of exponentials wait for nothing else. Zero
+/// where the result is below 2^-126, NaN for NaN.
+#[inline(always)]
+pub fn exp_nonpositive<L: Lanes>(l: L, x: L::F) -> L::F {
+    /// The exponent of a float is stored with this added, which leaves 0, the bits of zero, for 2^-127.
+    const BIAS: f32 = 127.0;
+    /// An argument whose exponential is nearer to 2^-127 than to 2^-126.
+    const NOTHING: f32 = -88.0;
+    let x = l.select(l.lt(x, l.splat(EXP_LOW)), l.splat(NOTHING), x);
+    let k = l.mul_add(x, l.splat(LOG2E), l.splat(ROUND + BIAS));
+    let r = exp_rest(l, x, l.sub(k, l.splat(ROUND + BIAS)));
+    let power = l.from_bits(l.shl_u::<23>(l.to_bits(k)));
+    // Two halves of the polynomial at a time: half of the latency.
+    let ([a, b, c, d, e], r2) = (EXP.map(|c| l.splat(c)), l.mul(r, r));
+    let high = l.mul_add(a, r2, l.mul_add(b, r, c));
+    let less_1 = l.mul_add(l.mul_add(high, r2, l.mul_add(d, r, e)), r2, r);
+    // A product, not a sum of exponents, so that a NaN stays one.
+    l.mul_add(less_1, power, power)
 }
 
 /// Natural logarithm within 2 ulp, subnormal arguments included. `ln(0) = -inf`, `ln(inf) = inf`, NaN below 0.

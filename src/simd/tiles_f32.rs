@@ -228,7 +228,9 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         let mut ahead = Ahead::new::<MR>(p, j, Self::NR);
-        while i + MR <= p.m {
+        let fives = Self::fives(p.m - i);
+        let end = p.m - 5 * fives;
+        while i + MR <= end {
             ahead.step(b.lanes());
             if p.lower && W > 1 && i + MR <= j + L::N {
                 Self::tile::<MR, 1, B, S>(b, p, i, j, sink);
@@ -237,24 +239,33 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             }
             i += MR;
         }
-        if MR > 8 && i + 8 <= p.m {
+        if MR > 8 && i + 8 <= end {
             Self::tile::<8, W, B, S>(b, p, i, j, sink);
             i += 8;
         }
-        if i + 5 == p.m {
-            return Self::tile::<5, W, B, S>(b, p, i, j, sink);
-        }
-        if i + 4 <= p.m {
+        if i + 4 <= end {
             Self::tile::<4, W, B, S>(b, p, i, j, sink);
             i += 4;
         }
-        if i + 2 <= p.m {
+        if i + 2 <= end {
             Self::tile::<2, W, B, S>(b, p, i, j, sink);
             i += 2;
         }
-        if i < p.m {
+        if i < end {
             Self::tile::<1, W, B, S>(b, p, i, j, sink);
+            i += 1;
         }
+        while i < p.m {
+            Self::tile::<5, W, B, S>(b, p, i, j, sink);
+            i += 5;
+        }
+    }
+
+    /// How many tiles of five rows spare `m` rows one of two rows or of one, whose few sums would wait for each other.
+    #[inline(always)]
+    fn fives(m: usize) -> usize {
+        let whole = |rows: usize| matches!(rows % MR, 0 | 4) || MR > 8 && rows % MR == 8;
+        (0..=m / 5).take(MR).find(|n| whole(m - 5 * n)).unwrap_or(0)
     }
 
     /// How many columns of a panel tiles read for `columns` of the result.

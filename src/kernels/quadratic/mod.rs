@@ -88,7 +88,7 @@ impl Act for Laplace {
     #[inline(always)]
     fn slope<L: Lanes>(self, l: L, x: L::F) -> L::F {
         let at = l.mul(l.sub(x, l.splat(MU as f32)), l.splat(STEEP as f32));
-        let bell = math::exp(l, l.neg_mul_add(at, at, l.zero()));
+        let bell = math::exp_nonpositive(l, l.neg_mul_add(at, at, l.zero()));
         l.mul(bell, l.splat(core::f32::consts::SQRT_2))
     }
 }
