@@ -2,10 +2,14 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use linattn::attention::agent::AgentAttention;
+use linattn::attention::combiner::{CombinerAttention, CombinerConfig};
 use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention};
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
 use linattn::attention::mixed_chunk::{MixedChunkAttention, MixedChunkConfig};
+use linattn::attention::performer::{
+    PerformerAttention, PerformerConfig, RowNorm, default_features, orthogonal_projection,
+};
 use linattn::attention::softmax::SoftmaxAttention;
 use linattn::attention::{Mask, State};
 use linattn::tensor::{Rng, Tensor, View, ViewMut};
@@ -54,6 +58,23 @@ fn attention(c: &mut Criterion) {
             let focused = focused.expect("scales");
             group.bench_function(id("focused"), |b| {
                 b.iter(|| focused.forward(&rt, q.view(), k.view(), v.view(), out.view_mut()));
+            });
+            let features = default_features(dim);
+            let projection = orthogonal_projection(features, dim, RowNorm::Gaussian, 6);
+            let projection = projection.expect("a projection");
+            let performer = PerformerAttention::new(PerformerConfig::relu(), projection.view());
+            let performer = performer.expect("a configuration");
+            group.bench_function(id("performer"), |b| {
+                b.iter(|| {
+                    performer.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), None)
+                });
+            });
+            let combiner = CombinerAttention::new(CombinerConfig::fixed(64).causal());
+            let combiner = combiner.expect("a configuration");
+            group.bench_function(id("combiner-causal"), |b| {
+                b.iter(|| {
+                    combiner.forward(&rt, q.view(), k.view(), v.view(), out.view_mut(), None)
+                });
             });
             let softmax = SoftmaxAttention::new().with_mask(Mask::Causal);
             group.bench_function(id("softmax-causal"), |b| {

@@ -132,6 +132,7 @@ fn vector_math(c: &mut Criterion) {
     for isa in Isa::detected().filter(|i| *i != Isa::Amx) {
         let rt = Runtime::builder().isa(isa).threads(1).build().expect("detected");
         rt.run(Bench(Exp, &mut group));
+        rt.run(Bench(ExpNonpositive, &mut group));
         rt.run(Bench(Ln, &mut group));
         rt.run(Bench(Tanh, &mut group));
         rt.run(Bench(Sigmoid, &mut group));

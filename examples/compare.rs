@@ -114,8 +114,11 @@ fn main() -> Result<()> {
     let mut curves = Vec::new();
     for arch in all {
         let name = arch.to_possible_value().expect("no hidden values").get_name().to_owned();
-        let what = Time { rt: &rt, tokens: &tokens, lengths: &lengths, name: &name };
-        let points = arch.visit(args.dim, args.depth, what)?;
+        let time = |n: &usize| {
+            let what = Time { rt: &rt, tokens: &tokens[..*n], name: &name };
+            arch.visit(args.dim, args.depth, n + STEPS, what)
+        };
+        let points = lengths.iter().map(time).collect::<Result<_>>()?;
         curves.push(Curve { name, points });
     }
     if let Some(path) = &args.csv {
@@ -130,35 +133,31 @@ fn main() -> Result<()> {
 struct Time<'a> {
     rt: &'a Runtime,
     tokens: &'a [u32],
-    lengths: &'a [usize],
     name: &'a str,
 }
 
 impl Visit for Time<'_> {
-    type Output = Result<Vec<Point>>;
+    type Output = Result<Point>;
     fn visit<C: Architecture>(self, config: C) -> Self::Output {
+        let Self { rt, tokens, name } = self;
         let model = Decoder::random(config, 1)?;
-        let mut logits = vec![0.0; model.vocab_size()];
-        let mut points = Vec::new();
-        for n in self.lengths {
-            let mut state = model.new_state(1)?;
-            // Once for memory and once for the clock.
-            model.prefill(self.rt, &self.tokens[..(*n).min(64)], &mut state, &mut logits)?;
-            state.reset();
-            let start = Instant::now();
-            model.prefill(self.rt, &self.tokens[..*n], &mut state, &mut logits)?;
-            let prefill = start.elapsed().as_secs_f64() * 1e6 / *n as f64;
-            let start = Instant::now();
-            for token in self.tokens.iter().cycle().take(STEPS) {
-                model.decode_step(self.rt, &[*token], &mut state, &mut logits)?;
-            }
-            let decode = start.elapsed().as_secs_f64() * 1e6 / STEPS as f64;
-            let point = Point { n: *n, prefill, decode, state: state.bytes() };
-            let kib = point.state as f64 / 1024.0;
-            println!("{:<16}{n:>8}{prefill:>16.1}{decode:>16.1}{kib:>14.0}", self.name);
-            points.push(point);
+        let (mut logits, mut state) = (vec![0.0; model.vocab_size()], model.new_state(1)?);
+        // Once for memory and once for the clock.
+        model.prefill(rt, &tokens[..tokens.len().min(64)], &mut state, &mut logits)?;
+        state.reset();
+        let start = Instant::now();
+        model.prefill(rt, tokens, &mut state, &mut logits)?;
+        let n = tokens.len();
+        let prefill = start.elapsed().as_secs_f64() * 1e6 / n as f64;
+        let start = Instant::now();
+        for token in tokens.iter().cycle().take(STEPS) {
+            model.decode_step(rt, &[*token], &mut state, &mut logits)?;
         }
-        Ok(points)
+        let decode = start.elapsed().as_secs_f64() * 1e6 / STEPS as f64;
+        let state = state.bytes();
+        let kib = state as f64 / 1024.0;
+        println!("{name:<16}{n:>8}{prefill:>16.1}{decode:>16.1}{kib:>14.0}");
+        Ok(Point { n, prefill, decode, state })
     }
 }
 
@@ -185,13 +184,14 @@ fn plot(path: &Path, curves: &[Curve]) -> Result<()> {
     Ok(())
 }
 
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),
     RGBColor(60, 60, 60),
     RGBColor(150, 150, 150),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
 ];
 
 /// Both axes are logarithmic.

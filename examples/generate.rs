@@ -34,6 +34,8 @@ const STRIDE: usize = 512;
 
 /// Width and blocks of a model without a checkpoint.
 const RANDOM: [usize; 2] = [256, 4];
+/// The text that they are made for, where that matters.
+const LONGEST: usize = 4096;
 
 /// Continues a text with a language model, or scores one.
 #[derive(Debug, Parser)]
@@ -114,7 +116,7 @@ fn run(args: &Args) -> Result<()> {
         return run_model(args, &rt, &model, start);
     }
     let [dim, depth] = RANDOM;
-    args.arch.visit(dim, depth, Other { args, rt: &rt, start })
+    args.arch.visit(dim, depth, LONGEST, Other { args, rt: &rt, start })
 }
 
 /// A model of another kind than the shipped one.

@@ -20,6 +20,8 @@ pub enum Arch {
     Transnormer,
     /// Mixed chunk attention in gated layers, two for a block of the others.
     Flash,
+    /// The same with the whole text in one chunk.
+    FlashQuad,
     /// RMSNorm, rotary positions, SwiGLU, softmax attention.
     TransformerPp,
     /// LayerNorm, an MLP with GELU, softmax attention, no positions.
@@ -39,8 +41,8 @@ pub trait Visit {
 }
 
 impl Arch {
-    /// A model of bytes with `depth` blocks of width `dim`, at least that of one head.
-    pub fn visit<V: Visit>(self, dim: usize, depth: usize, what: V) -> V::Output {
+    /// A model of bytes with `depth` blocks of width `dim`, at least that of one head, for texts of up to `longest`.
+    pub fn visit<V: Visit>(self, dim: usize, depth: usize, longest: usize, what: V) -> V::Output {
         let heads = (dim / HEAD).max(1);
         let plus = TransformerConfig::plus_plus(BYTES, dim, depth, heads, 4 * dim);
         match self {
@@ -48,6 +50,10 @@ impl Arch {
                 what.visit(TransNormerConfig::sized(BYTES, dim, depth, heads, 11 * dim / 4))
             }
             Self::Flash => what.visit(FlashLmConfig::sized(BYTES, dim, 2 * depth)),
+            Self::FlashQuad => what.visit(FlashLmConfig {
+                group_size: longest,
+                ..FlashLmConfig::sized(BYTES, dim, 2 * depth)
+            }),
             Self::TransformerPp => what.visit(plus),
             Self::Transformer => what.visit(TransformerConfig {
                 ffn: FeedForwardKind::Gelu,

@@ -157,6 +157,10 @@ impl TensorSource for Checkpoint {
         self.entries.contains_key(name)
     }
 
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.entries.get(name).map(|(_, entry)| entry.shape.clone())
+    }
+
     fn tensor<const N: usize>(&self, name: &str, shape: [usize; N]) -> Result<Tensor<N>> {
         let Some((shard, entry)) = self.entries.get(name) else {
             return Err(missing(name, &shape));

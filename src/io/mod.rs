@@ -19,6 +19,11 @@ pub trait TensorSource {
     /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
+    /// The shape of the tensor of this name. A source that makes tensors up, in any shape, has none.
+    fn shape(&self, _name: &str) -> Option<Vec<usize>> {
+        None
+    }
+
     /// The tensor, widened to `f32`.
     ///
     /// # Errors
@@ -61,6 +66,10 @@ impl TensorMap {
 impl TensorSource for TensorMap {
     fn contains(&self, name: &str) -> bool {
         self.0.contains_key(name)
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.get(name).map(|(shape, _)| shape.clone())
     }
 
     fn tensor<const N: usize>(&self, name: &str, shape: [usize; N]) -> Result<Tensor<N>> {

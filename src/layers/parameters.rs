@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::io::TensorSource;
 use crate::tensor::{Tensor, View};
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::fmt::Display;
 
 /// Named tensors below a prefix, and the format that weights are stored in: what layers are built from.
@@ -64,6 +65,12 @@ impl<'a, T: TensorSource> Parameters<'a, T> {
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
         self.source.contains(&self.name(name))
+    }
+
+    /// The shape of a tensor, where the source has one.
+    #[must_use]
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.shape(&self.name(name))
     }
 
     /// A tensor.

@@ -1,12 +1,12 @@
 //! Vision transformers: what they cost, what they refuse, and that neither threads nor batches show.
 
 use crate::support::{engines, normal, same_bits};
-use linattn::Error;
 use linattn::io::{TensorMap, TensorSource};
 use linattn::layers::vision::Mechanism;
 use linattn::models::vision::RandomWeights;
 use linattn::models::{DeitConfig, SwinConfig, VisionConfig, VisionTransformer};
 use linattn::tensor::{Rng, Tensor, View, ViewMut};
+use linattn::{Error, Runtime};
 use std::cell::RefCell;
 
 /// Millions of parameters and GMAC per image of 224 x 224 pixels, as published or computed from the original code.
@@ -120,6 +120,48 @@ fn parameters_are_what_is_loaded() {
         let counted = *source.1.borrow();
         assert_eq!(config.parameters().expect("a model"), counted, "{config:?}");
     }
+}
+
+/// Positions that differ between channels only, for maps that are `1 / shrunk` as wide as those of an image of 64 pixels.
+struct Flat {
+    shrunk: usize,
+}
+
+impl TensorSource for Flat {
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let stage: u32 = name.strip_prefix("pos_embed")?.parse().expect("a stage");
+        let side = 64 / 2usize.pow(stage + 1) / self.shrunk;
+        Some(vec![1, side * side, [4, 8, 8, 12][stage as usize - 1]])
+    }
+    fn tensor<const N: usize>(&self, name: &str, shape: [usize; N]) -> linattn::Result<Tensor<N>> {
+        let mut tensor = RandomWeights { seed: 1 }.tensor(name, shape)?;
+        if let Some(held) = self.shape(name) {
+            assert_eq!(held, shape, "{name}");
+            for row in tensor.as_mut_slice().chunks_mut(held[2]) {
+                // What halves and quarters add up to exactly.
+                row.iter_mut().enumerate().for_each(|(c, x)| *x = c as f32 * 0.25 - 0.5);
+            }
+        }
+        Ok(tensor)
+    }
+}
+
+#[test]
+fn positions_of_another_resolution_are_resized() {
+    let config = small().into_iter().find(|c| matches!(c, VisionConfig::Pvt(_)));
+    let config = config.expect("a PVT with positions");
+    let run = |shrunk: usize| {
+        let model = VisionTransformer::from_tensors(config.clone(), &Flat { shrunk });
+        let (mut logits, image) = ([f32::NAN; 5], normal(&mut Rng::new(7), 3 * 64 * 64));
+        let (image, to) = (View::new(&image, [1, 3, 64, 64]), ViewMut::new(&mut logits, [1, 5]));
+        let (rt, image, to) = (Runtime::new().expect("a runtime"), image.expect("an image"), to);
+        model.expect("a model").forward(&rt, image, to.expect("logits")).expect("logits");
+        logits
+    };
+    same_bits(&run(2), &run(1), "maps of half the width");
 }
 
 #[test]

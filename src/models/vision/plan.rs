@@ -27,8 +27,8 @@ pub(super) struct Stage {
     pub embed: Embed,
     /// Whether `cls_token` comes before the tokens of the map; the head reads it then, else the mean of all tokens.
     pub class_token: bool,
-    /// Name of the positions `[1, tokens, dim]` that are added.
-    pub positions: Option<String>,
+    /// What is added to the tokens.
+    pub positions: Option<Positions>,
     /// Prefixes and sizes.
     pub blocks: Vec<(String, VisionBlockConfig)>,
     /// Name and epsilon of a norm behind the blocks.
@@ -36,6 +36,14 @@ pub(super) struct Stage {
     /// Height and width of the map.
     pub map: [usize; 2],
     pub dim: usize,
+}
+
+/// A table `[1, tokens, dim]`.
+#[derive(Clone, Debug)]
+pub(super) struct Positions {
+    pub name: String,
+    /// Whether the table of a square map of another size is resized.
+    pub resized: bool,
 }
 
 /// How tokens are made of the image, or of the tokens of the stage before.

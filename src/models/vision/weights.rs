@@ -5,8 +5,10 @@ use super::{Embed, Stage, VisionConfig, VisionTransformer};
 use crate::error::Result;
 use crate::io::TensorSource;
 use crate::layers::vision::{PatchMerging, VisionBlock};
-use crate::layers::{Conv2d, Parameters, WeightFormat};
-use crate::tensor::Tensor;
+use crate::layers::{Conv2d, Parameters, Resample, WeightFormat};
+use crate::runtime::Runtime;
+use crate::simd::Isa;
+use crate::tensor::{Tensor, View, ViewMut};
 
 /// The model of a configuration.
 pub(super) fn model(
@@ -27,6 +29,32 @@ pub(super) fn model(
     let norm = plan.norm.map(|eps| parameters.layer_norm("norm", width, eps)).transpose()?;
     let head = parameters.linear("head", [plan.classes, width], true)?;
     Ok(VisionTransformer { norm, head, stages, plan, config })
+}
+
+/// The positions of a stage, `[tokens, dim]`.
+fn positions(
+    table: &plan::Positions,
+    plan: &plan::Stage,
+    parameters: &Parameters<'_, impl TensorSource>,
+) -> Result<Tensor<2>> {
+    let ([h, w], dim, tokens) = (plan.map, plan.dim, plan.tokens());
+    let held = match parameters.shape(&table.name).as_deref() {
+        Some([1, held, _]) if table.resized => *held,
+        _ => tokens,
+    };
+    let side = held.isqrt();
+    if held == tokens || side.checked_mul(side) != Some(held) {
+        let all = parameters.tensor(&table.name, [1, tokens, dim])?;
+        return Tensor::from_slice(all.as_slice(), [tokens, dim]);
+    }
+    let all = parameters.tensor(&table.name, [1, held, dim])?;
+    let (map, mut out) =
+        (View::new(all.as_slice(), [1, side, side, dim])?, Tensor::zeros([tokens, dim])?);
+    // The same bits on every machine.
+    let rt = Runtime::builder().isa(Isa::Portable).threads(1).build()?;
+    let to = ViewMut::new(out.as_mut_slice(), [1, h, w, dim])?;
+    Resample::bilinear([side, side], [h, w])?.forward(&rt, map, to)?;
+    Ok(out)
 }
 
 fn stage(
@@ -54,10 +82,7 @@ fn stage(
         false => None,
     };
     let positions = match &plan.positions {
-        Some(name) => {
-            let table = parameters.tensor(name, [1, plan.tokens(), plan.dim])?;
-            Some(Tensor::from_slice(table.as_slice(), [plan.tokens(), plan.dim])?)
-        }
+        Some(table) => Some(positions(table, plan, parameters)?),
         None => None,
     };
     let blocks = plan.blocks.iter();

@@ -1,6 +1,6 @@
 //! DeiT: one stage and a class token.
 
-use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, refuse, sizes};
+use super::super::plan::{Blocks, Embed, Plan, Positions, Stage, numbers, refuse, sizes};
 use super::{ALL, agent, focused};
 use crate::error::Result;
 use crate::layers::Conv2dConfig;
@@ -123,7 +123,7 @@ impl DeitConfig {
                 norm: None,
             },
             class_token: true,
-            positions: Some("pos_embed".into()),
+            positions: Some(Positions { name: "pos_embed".into(), resized: false }),
             blocks: blocks.collect(),
             norm: None,
             map,

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "io")]
 use super::super::plan::refuse;
-use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, shrink, sizes};
+use super::super::plan::{Blocks, Embed, Plan, Positions, Stage, numbers, shrink, sizes};
 use super::{ALL, agent, focused};
 use crate::error::Result;
 use crate::layers::Conv2dConfig;
@@ -202,7 +202,7 @@ impl PvtConfig {
         Self::sized(WIDE, LARGE, flatten(), true)
     }
 
-    /// The same model for images of another size.
+    /// The same model for images of another size: positions of a checkpoint are resized, bilinearly.
     #[must_use]
     pub fn with_image(self, image: usize) -> Self {
         Self { image, ..self }
@@ -244,7 +244,8 @@ impl PvtConfig {
                     norm: Some((alloc::format!("patch_embed{n}.norm"), inner)),
                 },
                 class_token: false,
-                positions: (!overlapping).then(|| alloc::format!("pos_embed{n}")),
+                positions: (!overlapping)
+                    .then(|| Positions { name: alloc::format!("pos_embed{n}"), resized: true }),
                 blocks: (0..depth).map(|i| (alloc::format!("block{n}.{i}"), block)).collect(),
                 norm: overlapping.then(|| (alloc::format!("norm{n}"), norm_eps)),
                 map,

@@ -1,6 +1,6 @@
 //! Swin: windows that shift from block to block, and stages joined by patch merging.
 
-use super::super::plan::{Blocks, Embed, Plan, Stage, numbers, refuse, shrink, sizes};
+use super::super::plan::{Blocks, Embed, Plan, Positions, Stage, numbers, refuse, shrink, sizes};
 use super::{ALL, agent, focused};
 use crate::error::Result;
 use crate::layers::Conv2dConfig;
@@ -205,7 +205,8 @@ impl SwinConfig {
             stages.push(Stage {
                 embed,
                 class_token: false,
-                positions: (s == 0 && self.positions).then(|| "absolute_pos_embed".into()),
+                positions: (s == 0 && self.positions)
+                    .then(|| Positions { name: "absolute_pos_embed".into(), resized: false }),
                 blocks: (0..depth).map(block).collect(),
                 norm: None,
                 map,
