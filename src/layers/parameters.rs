@@ -3,6 +3,8 @@
 use super::{Linear, Norm, WeightFormat};
 use crate::error::{Error, Result};
 use crate::io::TensorSource;
+use crate::runtime::Runtime;
+use crate::simd::Isa;
 use crate::tensor::{Tensor, View};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -79,6 +81,11 @@ impl<'a, T: TensorSource> Parameters<'a, T> {
     /// [`Error::Checkpoint`] if it is missing or has another shape, [`Error::Alloc`] if memory cannot be had.
     pub fn tensor<const N: usize>(&self, name: &str, shape: [usize; N]) -> Result<Tensor<N>> {
         self.source.tensor(&self.name(name), shape)
+    }
+
+    /// For what is computed while loading: the same bits on every machine.
+    pub(crate) fn runtime(&self) -> Result<Runtime> {
+        Runtime::builder().isa(Isa::Portable).threads(1).build()
     }
 
     /// A map of `<name>.weight` (`[outputs, inputs]`) and, with `bias`, `<name>.bias`.

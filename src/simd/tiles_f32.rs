@@ -228,7 +228,8 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         let mut ahead = Ahead::new::<MR>(p, j, Self::NR);
-        let fives = Self::fives(p.m - i);
+        // Those of a triangle read what others of the same rows have computed: both keep to multiples of `MR`.
+        let fives = if p.causal || p.lower { 0 } else { Self::fives(p.m - i) };
         let end = p.m - 5 * fives;
         while i + MR <= end {
             ahead.step(b.lanes());
@@ -242,6 +243,10 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         if MR > 8 && i + 8 <= end {
             Self::tile::<8, W, B, S>(b, p, i, j, sink);
             i += 8;
+        }
+        if i + 5 == end {
+            Self::tile::<5, W, B, S>(b, p, i, j, sink);
+            i += 5;
         }
         if i + 4 <= end {
             Self::tile::<4, W, B, S>(b, p, i, j, sink);

@@ -7,7 +7,6 @@ use crate::io::TensorSource;
 use crate::layers::{AgentBias, AgentBiasTables, Parameters, Resample};
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::Isa;
 use crate::tensor::{View, ViewMut};
 
 const OP: &str = "agent attention";
@@ -66,11 +65,9 @@ impl Agent {
             wa: View::new(wa.as_slice(), [heads, w, n])?,
             class,
         };
-        // The same biases on every machine.
-        let rt = Runtime::builder().isa(Isa::Portable).threads(1).build()?;
         Ok(Self {
             attention: AgentAttention::new(),
-            bias: AgentBias::new(&rt, tables)?,
+            bias: AgentBias::new(&parameters.runtime()?, tables)?,
             pool: Resample::average(config.window, [side; 2])?,
             class: usize::from(config.class_token),
             agents,

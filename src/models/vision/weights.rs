@@ -6,8 +6,6 @@ use crate::error::Result;
 use crate::io::TensorSource;
 use crate::layers::vision::{PatchMerging, VisionBlock};
 use crate::layers::{Conv2d, Parameters, Resample, WeightFormat};
-use crate::runtime::Runtime;
-use crate::simd::Isa;
 use crate::tensor::{Tensor, View, ViewMut};
 
 /// The model of a configuration.
@@ -50,10 +48,8 @@ fn positions(
     let all = parameters.tensor(&table.name, [1, held, dim])?;
     let (map, mut out) =
         (View::new(all.as_slice(), [1, side, side, dim])?, Tensor::zeros([tokens, dim])?);
-    // The same bits on every machine.
-    let rt = Runtime::builder().isa(Isa::Portable).threads(1).build()?;
     let to = ViewMut::new(out.as_mut_slice(), [1, h, w, dim])?;
-    Resample::bilinear([side, side], [h, w])?.forward(&rt, map, to)?;
+    Resample::bilinear([side, side], [h, w])?.forward(&parameters.runtime()?, map, to)?;
     Ok(out)
 }
 
