@@ -3,11 +3,11 @@
 use crate::laid::{Laid, ORDERS, Order};
 use crate::support::{bits, engines, isas, normal, rel_err, runtime, widen, with_threads};
 use half::{bf16, f16};
-use linattn::attention::StreamState;
 use linattn::attention::performer::{
     FavorKernel, PerformerAttention, PerformerConfig, PerformerState, RowNorm, Stabiliser,
     default_features, naive, orthogonal_projection,
 };
+use linattn::attention::{Gradients, Inputs, StreamState};
 use linattn::tensor::{Element, Rng, Tensor, View, ViewMut};
 use linattn::{Error, Runtime};
 
@@ -300,4 +300,29 @@ fn bad_arguments_are_refused() {
     assert!(state.z().iter().all(|z| *z == 1e-6));
     let empty = [[0, 9, 2, 8], [0, 9, 2, 8], [0, 9, 2, 5], [0, 9, 2, 5]];
     assert!(call(PerformerConfig::softmax(), empty, None).is_none());
+}
+
+#[test]
+fn of_no_keys_nothing_is_the_mean() {
+    for config in [PerformerConfig::softmax(), PerformerConfig::relu()] {
+        let p = Problem::new(config, [2, 3, 0, 2, 4, 5, 6], 31);
+        let [sq, sk, sv, so] = p.shapes();
+        for isa in isas() {
+            let (rt, mut dq, dout) = (runtime(isa), vec![f32::NAN; p.q.len()], vec![1.0; 60]);
+            let zeros = |x: &[f32]| x.iter().all(|x| *x == 0.0);
+            assert!(zeros(&p.run_as::<f32>(&rt, ORDERS[0])), "{config:?} on {isa}");
+            let part = |x, shape| View::new(x, shape).expect("a tensor");
+            let (q, k, v) = (part(&p.q, sq), part(&p.k, sk), part(&p.v, sv));
+            let inputs = Inputs { q, k, v, state: None, dout: part(&dout, so) };
+            let (mut dk, mut dv) = ([], []);
+            let grads = Gradients {
+                q: ViewMut::new(&mut dq, sq).expect("a tensor"),
+                k: ViewMut::new(&mut dk, sk).expect("a tensor"),
+                v: ViewMut::new(&mut dv, sv).expect("a tensor"),
+                state: None,
+            };
+            p.op().backward(&rt, inputs, grads).expect("a call");
+            assert!(zeros(&dq), "gradient, {config:?} on {isa}");
+        }
+    }
 }

@@ -67,6 +67,7 @@ impl PerformerAttention {
             self.streams()?;
             state.sums.expect(OP, [batch, heads, m, values])?;
         }
+        let eps = self.sum_eps(lk, state);
         // Sums that do not begin at zero begin at a state.
         let start = match state {
             None if self.start() > 0.0 => {
@@ -108,7 +109,7 @@ impl PerformerAttention {
                 ViewMut::new(&mut *df, of_q)?.permute(swap)?,
                 ViewMut::new(&mut *dg, of_k)?.permute(swap)?,
             ];
-            let core = Core { causal: self.config.causal, eps: Some(0.0) };
+            let core = Core { causal: self.config.causal, eps: Some(eps) };
             let dstate = dstate.map(|s| &mut s.sums);
             core.gradients(rt, features, [v, dout], state, gradients, dv, dstate)?;
             let dphi = View::new(&*df, of_q)?;

@@ -189,6 +189,12 @@ impl PerformerAttention {
         if self.config.causal { self.config.denom_eps } else { 0.0 }
     }
 
+    /// What is added to the sums that divide: nothing, as features are positive, or anything where they sum over nothing.
+    fn sum_eps(&self, lk: usize, state: Option<&PerformerState>) -> f32 {
+        let seen = lk > 0 || state.is_some_and(|s| s.sums.len() > 0);
+        if self.config.causal || seen { 0.0 } else { 1.0 }
+    }
+
     /// A state that has seen nothing, for values of width `dv`.
     ///
     /// # Errors
@@ -258,21 +264,29 @@ impl PerformerAttention {
         self.check([q, k, v], "out", out.shape())?;
         let ([batch, _, heads, _], [_, lk, _, dv]) = (q.shape(), v.shape());
         let (map, causal) = (self.map(), self.config.causal);
+        let eps = self.sum_eps(lk, state.as_deref());
         let start = self.start();
         let Some(state) = state else {
             if !self.is_whole() {
-                return task::run(rt, form(map, start), causal, [q, k, v], out, None);
+                return task::run(rt, form(map, [eps, start]), causal, [q, k, v], out, None);
             }
             return rt.with_scratch(peak::bytes(batch, heads), |mut cut| {
                 let peaks = peak::of(rt, map, k, &mut cut)?;
                 let map = RandomFeatures { stabiliser: Lowered::Heads(peaks), ..map };
-                task::run(rt, form(map, start), causal, [q, k, v], out, None)
+                task::run(rt, form(map, [eps, start]), causal, [q, k, v], out, None)
             })?;
         };
         self.streams()?;
         state.sums.expect(OP, [batch, heads, self.features(), dv])?;
         state.sums.room(OP, lk)?;
-        task::run(rt, form(map, start), causal, [q, k, v], out, Some(state.sums.views_mut()))?;
+        task::run(
+            rt,
+            form(map, [eps, start]),
+            causal,
+            [q, k, v],
+            out,
+            Some(state.sums.views_mut()),
+        )?;
         state.sums.advance(lk);
         Ok(())
     }
@@ -301,7 +315,7 @@ impl PerformerAttention {
     }
 }
 
-/// Sums of features, normalised by nothing but themselves.
-fn form(map: RandomFeatures<'_>, start: f32) -> Form<RandomFeatures<'_>> {
-    Form { map, scale: 1.0, eps: Some(0.0), start }
+/// Sums of features, normalised by themselves and `eps`; `z` begins with `start`.
+fn form(map: RandomFeatures<'_>, [eps, start]: [f32; 2]) -> Form<RandomFeatures<'_>> {
+    Form { map, scale: 1.0, eps: Some(eps), start }
 }

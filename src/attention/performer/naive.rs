@@ -74,6 +74,8 @@ pub fn head(
         }
         let (q, out) = (&q[t * m..][..m], &mut out[t * dv..][..dv]);
         let den: f64 = q.iter().zip(&z).map(|(q, z)| q * z).sum();
+        // Of no keys, nothing is the mean.
+        let den = if lk == 0 { 1.0 } else { den };
         for r in 0..m {
             for j in 0..dv {
                 out[j] += q[r] * s[r * dv + j] / den;
@@ -101,7 +103,7 @@ pub fn backward(
     let sums = linear::Terms {
         map: FeatureMap::Identity,
         causal: config.causal,
-        eps: Some(0.0),
+        eps: Some(if lk == 0 { 1.0 } else { 0.0 }),
         scale: 1.0,
     };
     let (shape, end) = ([lq, lk, m, dv], [&mut ds[..], &mut dz[..]]);
