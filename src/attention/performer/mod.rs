@@ -191,7 +191,7 @@ impl PerformerAttention {
 
     /// What is added to the sums that divide: nothing, as features are positive, or anything where they sum over nothing.
     fn sum_eps(&self, lk: usize, state: Option<&PerformerState>) -> f32 {
-        let seen = lk > 0 || state.is_some_and(|s| s.sums.len() > 0);
+        let seen = lk > 0 || state.is_some_and(|s| !s.sums.is_empty());
         if self.config.causal || seen { 0.0 } else { 1.0 }
     }
 
