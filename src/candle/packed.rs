@@ -12,11 +12,11 @@ use crate::tensor::{Element, View, ViewMut};
 use candle_core::Tensor;
 use std::sync::Arc;
 
-/// Softmax attention with a bias of the scaled scores (`[heads, queries, keys]`), otherwise as [`attend`]; differentiable in
-/// all four.
+/// Softmax attention with a bias of the scaled scores (`[heads, queries, keys]`), otherwise as
+/// [`attend`](super::attend); differentiable in all four.
 ///
 /// # Errors
-/// As [`attend`].
+/// As [`attend`](super::attend).
 pub fn attend_biased(
     rt: &Arc<Runtime>,
     op: &SoftmaxAttention,
