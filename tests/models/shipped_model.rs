@@ -1,9 +1,10 @@
 //! The model in `examples/models/rustdoc` says what its card says, on every instruction set.
 
+use crate::support::{isas, runtime};
+use linattn::Runtime;
 use linattn::io::Checkpoint;
 use linattn::layers::WeightFormat;
 use linattn::models::{Generate, Sampler, TransNormerLlm};
-use linattn::{Isa, Runtime};
 use std::path::PathBuf;
 
 fn folder() -> PathBuf {
@@ -11,9 +12,7 @@ fn folder() -> PathBuf {
 }
 
 fn runtimes() -> impl Iterator<Item = Runtime> {
-    Isa::detected()
-        .filter(|i| *i != Isa::Amx)
-        .map(|isa| Runtime::builder().isa(isa).build().expect("detected"))
+    isas().into_iter().map(runtime)
 }
 
 #[test]

@@ -127,9 +127,7 @@ fn relative(got: &[f32], want: &[f32]) -> f64 {
 }
 
 fn runtimes() -> impl Iterator<Item = (Isa, Runtime)> {
-    Isa::detected()
-        .filter(|i| *i != Isa::Amx)
-        .map(|isa| (isa, Runtime::builder().isa(isa).build().expect("detected")))
+    crate::support::isas().into_iter().map(|isa| (isa, crate::support::runtime(isa)))
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use linattn::Runtime;
 use linattn::simd::math::{self, reduce_angle};
-use linattn::simd::{Backend, Isa, Kernel, Lanes, Task};
+use linattn::simd::{Backend, Kernel, Lanes, Task};
 use std::f32::consts::{FRAC_1_SQRT_2, SQRT_2};
 use std::f64::consts::PI;
 use std::sync::Mutex;
@@ -99,8 +99,8 @@ impl<F: Function> Task for Apply<'_, F> {
 
 /// One runtime for each instruction set of this machine, each proven to run what it was asked for.
 fn runtimes() -> Vec<Runtime> {
-    let all: Vec<_> = Isa::detected()
-        .filter(|i| *i != Isa::Amx)
+    let all: Vec<_> = crate::support::isas()
+        .into_iter()
         .map(|isa| {
             let rt = Runtime::builder().isa(isa).threads(1).build().unwrap();
             assert_eq!(rt.isa(), isa, "the runtime does not run the forced instruction set");

@@ -1,17 +1,15 @@
 //! Activations and norms against their definitions in `f64`, for every width around the vector lengths, on every
 //! instruction set.
 
+use linattn::Runtime;
 use linattn::kernels::activation::{Activate, Activation};
 use linattn::kernels::rows::Rows;
 use linattn::layers::Norm;
 use linattn::simd::{Backend, Task};
 use linattn::tensor::{Rng, View, ViewMut};
-use linattn::{Isa, Runtime};
 
 fn runtimes() -> impl Iterator<Item = Runtime> {
-    Isa::detected()
-        .filter(|i| *i != Isa::Amx)
-        .map(|isa| Runtime::builder().isa(isa).build().expect("detected"))
+    crate::support::isas().into_iter().map(crate::support::runtime)
 }
 
 struct Run<'a>(Activation, &'a mut [f32], usize);
