@@ -3,7 +3,7 @@
 
 use super::Result;
 use super::call::{Arg, Op, apply1, apply3, floats};
-use super::stream::Stream;
+use super::stream::{Kept, Stream};
 use crate::attention::lightning::LightningAttention;
 use crate::attention::{Gradients, Inputs, State};
 use crate::error::{Error, Result as Outcome, expect_shape};
@@ -11,7 +11,7 @@ use crate::layers::{Activation, GlaConfig, Lrpe, Norm, NormGradients, affine, po
 use crate::runtime::Runtime;
 use crate::tensor::{Element, View, ViewMut};
 use candle_core::Tensor;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// What a layer knows besides its weights.
 #[derive(Clone, Debug)]
@@ -28,27 +28,27 @@ pub(super) fn attend(
     stream: Stream,
     [x, qkvu, out]: [&Tensor; 3],
 ) -> Result<Tensor> {
-    apply3(rt, Layer { gla: gla.clone(), stream, kept: OnceLock::new() }, [x, qkvu, out])
+    apply3(rt, Layer { gla: gla.clone(), stream, kept: Kept::new() }, [x, qkvu, out])
 }
 
 /// The mix alone, of `[batch, len, 4 hidden]`: between maps with biases.
 pub(super) fn mix(rt: &Arc<Runtime>, gla: &Gla, qkvu: &Tensor) -> Result<Tensor> {
-    apply1(rt, Mix { gla: gla.clone(), kept: OnceLock::new() }, qkvu)
+    apply1(rt, Mix { gla: gla.clone(), kept: Kept::new() }, qkvu)
 }
 
 struct Mix {
     gla: Gla,
-    kept: OnceLock<Kept>,
+    kept: Kept<Passed>,
 }
 
 struct Layer {
     gla: Gla,
     stream: Stream,
-    kept: OnceLock<Kept>,
+    kept: Kept<Passed>,
 }
 
 /// What the backward pass needs of the forward one.
-struct Kept {
+struct Passed {
     /// `[batch, len, 4 hidden]`
     qkvu: Vec<f32>,
     /// Queries and keys as attention takes them, `[batch, len, heads, width]`.
@@ -63,7 +63,7 @@ struct Kept {
 const OP: &str = "gated linear attention";
 
 impl Gla {
-    fn run(&self, rt: &Runtime, [batch, len]: [usize; 2], qkvu: Vec<f32>) -> Outcome<Kept> {
+    fn run(&self, rt: &Runtime, [batch, len]: [usize; 2], qkvu: Vec<f32>) -> Outcome<Passed> {
         let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
         let all = View::new(&qkvu, [batch, len, 4 * h])?;
         let [q, k, v] = [0, 1, 2].map(|i| all.slice(2, i * h, (i + 1) * h));
@@ -90,11 +90,11 @@ impl Gla {
         let rows = [batch * len, h];
         let norm = Norm::simple_rms(norm_eps)?;
         norm.forward(rt, View::new(&o, rows)?, ViewMut::new(&mut normed, rows)?)?;
-        Ok(Kept { qkvu, q, k, wide, o, normed })
+        Ok(Passed { qkvu, q, k, wide, o, normed })
     }
 
     /// `normed * u`
-    fn gated(&self, rt: &Runtime, kept: &Kept) -> Outcome<Vec<f32>> {
+    fn gated(&self, rt: &Runtime, kept: &Passed) -> Outcome<Vec<f32>> {
         let h = self.config.hidden_dim;
         let rows = [kept.o.len() / h.max(1), h];
         let mut mixed = vec![0.0; kept.o.len()];
@@ -105,9 +105,9 @@ impl Gla {
     }
 
     /// The gradient of `qkvu` from that of [`gated`](Self::gated), whose memory serves others behind it.
-    fn back(&self, rt: &Runtime, kept: &Kept, mut dmixed: Vec<f32>) -> Outcome<Vec<f32>> {
+    fn back(&self, rt: &Runtime, kept: &Passed, mut dmixed: Vec<f32>) -> Outcome<Vec<f32>> {
         let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
-        let Kept { qkvu, q, k, wide, o, normed } = kept;
+        let Passed { qkvu, q, k, wide, o, normed } = kept;
         let (wide @ [batch, len, ..], rows) = (*wide, [o.len() / h.max(1), h]);
         let narrow = [batch, len, heads, h / heads];
         let all = View::new(qkvu, [batch, len, 4 * h])?;
@@ -193,8 +193,7 @@ impl Op<3> for Layer {
             affine::forward(rt, mixed, wout, None, ViewMut::new(to, x.shape())?)?;
             self.stream.add(rt, x, to)
         })?;
-        // Whoever asked first keeps it: an operation is called once.
-        self.kept.get_or_init(|| kept);
+        self.kept.keep(kept);
         Ok(())
     }
 
@@ -205,7 +204,7 @@ impl Op<3> for Layer {
         dout: Arg<'_, E>,
         grads: [&mut [E]; 3],
     ) -> Outcome<()> {
-        let Some(kept) = self.kept.get() else { return Err(early()) };
+        let kept = self.kept.get(OP)?;
         let (x, w, wout, dout) = (x.float(), qkvu.float(), out.float(), dout.float());
         let (x, w, wout) = (x.rows()?, w.view::<2>(OP, "qkvu")?, wout.view::<2>(OP, "out")?);
         let dout = dout.rows()?;
@@ -248,7 +247,7 @@ impl Op<1> for Mix {
         let kept = self.gla.run(rt, size, qkvu.to_vec())?;
         let mixed = self.gla.gated(rt, &kept)?;
         to.iter_mut().zip(mixed).for_each(|(to, x)| *to = E::from_f32(x));
-        self.kept.get_or_init(|| kept);
+        self.kept.keep(kept);
         Ok(())
     }
 
@@ -259,14 +258,9 @@ impl Op<1> for Mix {
         dout: Arg<'_, E>,
         [grad]: [&mut [E]; 1],
     ) -> Outcome<()> {
-        let Some(kept) = self.kept.get() else { return Err(early()) };
+        let kept = self.kept.get(OP)?;
         let all = self.gla.back(rt, kept, dout.to_vec())?;
         grad.iter_mut().zip(all).for_each(|(to, x)| *to = E::from_f32(x));
         Ok(())
     }
-}
-
-/// A gradient that is asked for before there is a result.
-fn early() -> Error {
-    Error::value(OP, "dout", "one after a forward pass", "none before it")
 }

@@ -2,13 +2,13 @@
 
 use super::Result;
 use super::call::{Arg, Op, apply3, floats};
-use super::stream::Stream;
+use super::stream::{Kept, Stream};
 use crate::error::{Error, Result as Outcome, expect_shape};
 use crate::layers::{Activation, affine, pointwise};
 use crate::runtime::Runtime;
 use crate::tensor::{Element, View, ViewMut};
 use candle_core::Tensor;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 const OP: &str = "sglu";
 
@@ -19,14 +19,14 @@ pub(super) fn mix(
     stream: Stream,
     [x, w12, w3]: [&Tensor; 3],
 ) -> Result<Tensor> {
-    apply3(rt, Mixer { act, stream, kept: OnceLock::new() }, [x, w12, w3])
+    apply3(rt, Mixer { act, stream, kept: Kept::new() }, [x, w12, w3])
 }
 
 struct Mixer {
     act: Activation,
     stream: Stream,
     /// `[rows, 2 glu]`: what the first two maps gave.
-    kept: OnceLock<Vec<f32>>,
+    kept: Kept<Vec<f32>>,
 }
 
 impl Mixer {
@@ -76,8 +76,7 @@ impl Op<3> for Mixer {
             affine::forward(rt, inner, w3, None, ViewMut::new(out, x.shape())?)?;
             self.stream.add(rt, x, out)
         })?;
-        // Whoever asked first keeps it: an operation is called once.
-        self.kept.get_or_init(|| ab);
+        self.kept.keep(ab);
         Ok(())
     }
 
@@ -88,9 +87,7 @@ impl Op<3> for Mixer {
         dout: Arg<'_, E>,
         grads: [&mut [E]; 3],
     ) -> Outcome<()> {
-        let Some(ab) = self.kept.get() else {
-            return Err(Error::value(OP, "dout", "one after a forward pass", "none before it"));
-        };
+        let ab = self.kept.get(OP)?;
         let (x, w12, w3, dout) = (x.float(), w12.float(), w3.float(), dout.float());
         let (x, w12, w3) = (x.rows()?, w12.view::<2>(OP, "w12")?, w3.view::<2>(OP, "w3")?);
         let (dout, [n, wide], glu) = (dout.rows()?, [x.shape()[0], w12.shape()[0]], w3.shape()[1]);

@@ -1,11 +1,12 @@
-//! The norm before a layer and the sum with its input behind it, as parts of an operation.
+//! Parts of operations that are whole layers: the norm before, the sum with the input behind, and what is kept between
+//! the passes.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{Norm, NormGradients, pointwise};
 use crate::runtime::Runtime;
 use crate::tensor::{View, ViewMut};
 use candle_core::Tensor;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// `x + f(SRMSNorm(x))` with the `eps` of the norm, or `f(x)` alone.
 #[derive(Clone, Copy, Debug)]
@@ -65,5 +66,27 @@ impl Stream {
         let to = NormGradients { x: ViewMut::new(dx, x.shape())?, weight: None, bias: None };
         Norm::simple_rms(eps)?.backward(rt, x, View::new(&own, x.shape())?, to)?;
         pointwise::add(rt, dout, ViewMut::new(dx, x.shape())?)
+    }
+}
+
+/// What the backward pass of an operation needs of its forward pass.
+#[derive(Debug)]
+pub(super) struct Kept<T>(OnceLock<T>);
+
+impl<T> Kept<T> {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self(OnceLock::new())
+    }
+
+    /// Whoever asks first keeps it: an operation is called once.
+    pub fn keep(&self, what: T) {
+        self.0.get_or_init(|| what);
+    }
+
+    /// What was kept, for a gradient that may be asked for before there is a result.
+    pub fn get(&self, op: &'static str) -> Result<&T> {
+        let early = || Error::value(op, "dout", "one after a forward pass", "none before it");
+        self.0.get().ok_or_else(early)
     }
 }

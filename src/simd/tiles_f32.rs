@@ -229,7 +229,11 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
         let mut ahead = Ahead::new::<MR>(p, j, Self::NR);
         // Those of a triangle read what others of the same rows have computed: both keep to multiples of `MR`.
-        let fives = if p.causal || p.lower { 0 } else { Self::fives(p.m - i) };
+        let rest = p.m - i;
+        let fives = match p.causal || p.lower {
+            true => usize::from(rest % MR == 5),
+            false => Self::fives(rest),
+        };
         let end = p.m - 5 * fives;
         while i + MR <= end {
             ahead.step(b.lanes());
@@ -243,10 +247,6 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         if MR > 8 && i + 8 <= end {
             Self::tile::<8, W, B, S>(b, p, i, j, sink);
             i += 8;
-        }
-        if i + 5 == end {
-            Self::tile::<5, W, B, S>(b, p, i, j, sink);
-            i += 5;
         }
         if i + 4 <= end {
             Self::tile::<4, W, B, S>(b, p, i, j, sink);
