@@ -35,7 +35,7 @@ functions! {
     Tanh: math::tanh,
     Sigmoid: math::sigmoid,
     Silu: math::silu,
-    Erf: math::erf,
+    NormalCdf: math::normal_cdf,
     Gelu: math::gelu,
 }
 

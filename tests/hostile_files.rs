@@ -11,7 +11,9 @@ use linattn::models::{
 use linattn::tensor::Rng;
 use linattn::{Error, Runtime};
 use peak_alloc::PeakAlloc;
+use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -32,12 +34,19 @@ fn file(header: impl AsRef<[u8]>, data: &[u8]) -> Vec<u8> {
 /// What a file of `bytes` may take besides itself: a kibibyte is told from a gigabyte.
 const ROOM: usize = 1 << 20;
 
+thread_local! {
+    /// The longest that a test waited for a file. Printed, never judged: a busy machine is slow.
+    static SLOWEST: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
 /// Runs `read` within the memory that a file of `len` bytes may take.
 #[track_caller]
 fn bounded<T>(what: &str, len: usize, read: impl FnOnce() -> T) -> T {
     let before = MEMORY.current_usage();
     MEMORY.reset_peak_usage();
+    let start = Instant::now();
     let out = read();
+    SLOWEST.set(SLOWEST.get().max(start.elapsed()));
     let peak = MEMORY.peak_usage().saturating_sub(before);
     assert!(peak <= len + ROOM, "{what}: took {peak} bytes for a file of {len}");
     out
@@ -174,6 +183,7 @@ fn hand_made_lies_are_refused() {
             other => panic!("{what}: {other:?}"),
         }
     }
+    println!("the slowest took {:?}", SLOWEST.get());
 }
 
 /// Changes, cuts, doubles or inserts some bytes.
@@ -241,7 +251,7 @@ fn mutations(count: usize) {
             Err(e) => panic!("mutation {i}: {e}: {copy:?}"),
         }
     }
-    println!("{count} mutations, {read} of them still files");
+    println!("{count} mutations, {read} of them still files, the slowest took {:?}", SLOWEST.get());
     assert!(read > 0 && read < count, "a worthless test");
 }
 
@@ -345,6 +355,7 @@ fn configurations_are_refused_or_ask_for_tensors() {
             }
         }
     });
+    println!("the slowest took {:?}", SLOWEST.get());
 }
 
 /// FNV-1a, as saved states use it.

@@ -87,9 +87,14 @@ pub fn flags(rng: &mut Rng, len: usize) -> Box<[bool]> {
 /// Panics if numbers are far from what they should be; what is smaller than `least` may be off by as much as that. The
 /// bound finds wrong answers; how exact right ones are is what the tests of the crate ask.
 pub fn near(got: &[f64], want: &[f64], least: f64) {
+    near_within(1e-4, got, want, least);
+}
+
+/// [`near`], within another part of what should be.
+pub fn near_within(part: f64, got: &[f64], want: &[f64], least: f64) {
     assert_eq!(got.len(), want.len());
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     let size = norm(&mut want.iter().copied());
     let error = norm(&mut got.iter().zip(want).map(|(a, b)| a - b));
-    assert!(error <= 1e-4 * size.max(least), "{error} of {size}");
+    assert!(error <= part * size.max(least), "{error} of {size}");
 }

@@ -4,7 +4,7 @@ mod call;
 pub mod files;
 pub mod operations;
 
-pub use call::{Call, Rows, flags, near};
+pub use call::{Call, Rows, flags, near, near_within};
 
 /// The same call, but small: what goes wrong does so at the borders of vectors, tiles and chunks, and definitions take
 /// their time for what lies between.

@@ -1,6 +1,6 @@
 //! Operations against their definitions.
 
-use super::{Call, Rows, flags, near};
+use super::{Call, Rows, flags, near, near_within};
 use linattn::attention::agent::{AgentAttention, AgentExtra, naive as agent_naive};
 use linattn::attention::combiner::{CombinerAttention, CombinerConfig, naive as combiner_naive};
 use linattn::attention::focused::{
@@ -15,6 +15,7 @@ use linattn::attention::mixed_chunk::{
 use linattn::attention::performer::{
     PerformerAttention, PerformerConfig, naive as performer_naive,
 };
+use linattn::attention::quadratic::{self, Factor, QuadraticAttention, naive as quadratic_naive};
 use linattn::attention::softmax::{self, SoftmaxAttention, naive as softmax_naive};
 use linattn::attention::{Mask, Scale, State};
 use linattn::tensor::{View, ViewMut};
@@ -24,13 +25,9 @@ const LEAST: f64 = 1e-3;
 
 /// Compares every head of `out` with `want(batch row, head)`.
 fn compare(out: &Rows, want: impl Fn(usize, usize) -> Vec<f64>) {
-    compare_from(LEAST, out, want);
-}
-
-fn compare_from(least: f64, out: &Rows, want: impl Fn(usize, usize) -> Vec<f64>) {
     let [batch, _, heads, _] = out.shape;
     for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
-        near(&out.head(b, h), &want(b, h), least);
+        near(&out.head(b, h), &want(b, h), LEAST);
     }
 }
 
@@ -60,7 +57,7 @@ pub fn lightning(call: Call) {
     });
 }
 
-/// Two parts give what the whole gives.
+/// Two parts give what the whole gives, but for roundings.
 pub fn split(call: Call) {
     let (mut rng, [n, h, dk, dv]) = (call.rng(), [call.len(), call.heads(), call.dk(), call.dv()]);
     let [q, k] = [(); 2].map(|()| Rows::normal(&mut rng, [1, n, h, dk]));
@@ -77,8 +74,8 @@ pub fn split(call: Call) {
         (wide(&out.data), wide(state.view().as_slice().expect("a whole state")))
     };
     let (whole, parts) = (run(&[[0, n]]), run(&[[0, mid], [mid, n]]));
-    near(&parts.0, &whole.0, LEAST);
-    near(&parts.1, &whole.1, LEAST);
+    near_within(1e-6, &parts.0, &whole.0, LEAST);
+    near_within(1e-6, &parts.1, &whole.1, LEAST);
 }
 
 /// A packed call is refused, or equals separate calls bit for bit.
@@ -260,9 +257,7 @@ pub fn mixed_chunk(call: Call) {
     let values = View::new(&v.data, [b, n, e]).expect("a tensor");
     let to = ViewMut::new(&mut out.data, [b, n, e]).expect("a tensor");
     op.forward_with(&call.runtime(), inputs, values, to, extra, None).expect("a good call");
-    // `1 + erf` is rounded to parts of 1, however small it is.
-    let least = if config.act == ScoreActivation::Laplace { 10.0 * LEAST } else { LEAST };
-    compare_from(least, &out, |row, _| {
+    compare(&out, |row, _| {
         let terms = mixed_chunk_naive::Terms {
             chunk,
             causal,
@@ -278,6 +273,45 @@ pub fn mixed_chunk(call: Call) {
         };
         let [q, k, l, g] = [0, 1, 2, 3].map(|i| qk[i].head(row, 0));
         mixed_chunk_naive::head([&q, &k, &l, &g], &v.head(row, 0), [n, s, e], terms)
+    });
+}
+
+pub fn quadratic(call: Call) {
+    let (mut rng, [b, n, lk, s, e]) =
+        (call.rng(), [call.batch(), call.len(), call.keys(), call.dk() + 1, call.dv() + 1]);
+    let causal = call.flag(0);
+    let act = if call.flag(1) { ScoreActivation::Laplace } else { ScoreActivation::Relu2 };
+    let n = if causal { n.min(lk) } else { n };
+    let mask = call.flag(2).then(|| flags(&mut rng, b * lk));
+    // Queries are the last of the positions.
+    let positions = if causal { lk } else { n };
+    let bias = call.flag(3).then(|| Rows::normal(&mut rng, [1, positions, 1, lk]));
+    let (q, k) = (Rows::normal(&mut rng, [b, n, 1, s]), Rows::normal(&mut rng, [b, lk, 1, s]));
+    let (v, mut out) = (Rows::normal(&mut rng, [b, lk, 1, e]), Rows::nan([b, n, 1, e]));
+    let scale = (s as f32).recip();
+    let op = QuadraticAttention::new(act, Factor::Value(scale)).expect("a scale");
+    let op = if causal { op.causal() } else { op };
+    let matrix = bias.as_ref().map(|x| View::new(&x.data, [positions, lk]).expect("a bias"));
+    let extra = quadratic::Extra {
+        key_mask: mask.as_ref().map(|x| View::new(x, [b, lk]).expect("a mask")),
+        bias: quadratic::Bias { matrix, ..quadratic::Bias::default() },
+    };
+    let [q3, k3, v3] = [(&q, n, s), (&k, lk, s), (&v, lk, e)]
+        .map(|(x, n, d)| View::new(&x.data, [b, n, d]).expect("a tensor"));
+    let to = ViewMut::new(&mut out.data, [b, n, e]).expect("a tensor");
+    op.forward_with(&call.runtime(), q3, k3, v3, to, extra).expect("a good call");
+    let rows = bias.as_ref().map_or(Vec::new(), |x| wide(&x.data[(positions - n) * lk..]));
+    compare(&out, |row, _| {
+        let terms = quadratic_naive::Terms {
+            causal,
+            act,
+            scale: f64::from(scale),
+            bias_scale: 1.0,
+            bias: &rows,
+            mask: mask.as_ref().map_or(&[], |x| &x[row * lk..][..lk]),
+        };
+        let [q, k, v] = [&q, &k, &v].map(|x| x.head(row, 0));
+        quadratic_naive::head(&q, &k, &v, [n, lk, s, e], terms)
     });
 }
 

@@ -102,10 +102,8 @@ slopes! {
     SquaredRelu: |l, x| l.select(l.le(x, l.zero()), l.zero(), l.add(x, x));
     // Phi(x) + x phi(x)
     Gelu: |l, x| {
-        let half = l.splat(0.5);
-        let below = l.mul_add(math::erf(l, l.mul(x, l.splat(core::f32::consts::FRAC_1_SQRT_2))), half, half);
         let density = math::exp(l, l.mul(l.mul(x, x), l.splat(-0.5)));
-        l.mul_add(l.mul(x, density), l.splat(0.398_942_3), below)
+        l.mul_add(l.mul(x, density), l.splat(0.398_942_3), math::normal_cdf(l, x))
     };
 }
 

@@ -4,7 +4,7 @@
 //! below that door must inline; everything above it is ordinary code compiled for the baseline. Entering costs
 //! about half a nanosecond, so kernels are entered per tile loop or per row, and compiled once per backend.
 
-use super::convert::{Convert, Generic, Steps};
+use super::convert::{Convert, Generic};
 #[cfg(target_arch = "aarch64")]
 use super::convert_arm::NeonSteps;
 #[cfg(target_arch = "x86_64")]
@@ -105,6 +105,7 @@ impl Backend for Portable {
 }
 
 /// Declares a backend over a `pulp` token, entered with at least the features of that token.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! pulp_backend {
     (
         $(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $ready:expr, $label:literal,
@@ -137,7 +138,7 @@ macro_rules! pulp_backend {
             type T = $tiles;
             type S = $scores;
             type F = $plain;
-            type C = Steps<$steps, $n>;
+            type C = super::convert::Steps<$steps, $n>;
             const ISA: Isa = $isa;
             const NAME: &'static str = $label;
 
@@ -160,7 +161,7 @@ macro_rules! pulp_backend {
             #[inline(always)]
             fn convert(self) -> Self::C {
                 // SAFETY: a value of this type exists only if the machine has the features of `enter`.
-                Steps(unsafe { $steps::new_unchecked(self.0.0) })
+                super::convert::Steps(unsafe { $steps::new_unchecked(self.0.0) })
             }
             #[inline(always)]
             fn call<K: Kernel<Self>>(self, k: K) -> K::Output {

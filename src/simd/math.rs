@@ -192,36 +192,34 @@ pub fn tanh<L: Lanes>(l: L, x: L::F) -> L::F {
     with_sign(l, l.select(l.lt(l.splat(0.55), a), large, small), x)
 }
 
-/// Error function `2/sqrt(pi) * integral of e^-t^2 from 0 to x` within 2 ulp. Odd, zeros keep their sign,
-/// limits -1 and 1.
+/// `(p e^(-a^2 / 2)) / (sqrt(2 pi) a N(a) + R(a))`, where `N(a) e^(-a^2 / 2) / (sqrt(2 pi) a N(a) + R(a))` is the normal
+/// distribution beyond `a >= 0`, and `p` is `N(a)` or `a N(a)`, the latter given `true`. Zero from `end` on.
 #[inline(always)]
-pub fn erf<L: Lanes>(l: L, x: L::F) -> L::F {
-    let a = l.abs(x);
-    let one = l.splat(1.0);
-    // a + a P(a^2) up to 0.85: most of the result is exact.
-    let c = [
-        -6.315_128_4e-4,
-        0.005_051_094_6,
-        -0.026_802_547,
-        0.112_827_174,
-        -0.376_125_72,
-        0.128_379_17,
-    ];
-    let small = l.mul_add(a, poly(l, l.mul(a, a), c), a);
-    // 1 - e^P(a), P = ln(1 - erf a): beyond 0.85 the exponential is small enough that its error does not count.
-    let c = [
-        -1.668_540_2e-5,
-        3.741_651e-4,
-        -0.003_830_760_7,
-        0.024_093_844,
-        -0.106_500_39,
-        -0.635_123_55,
-        -1.128_570_1,
-        -3.209_986e-5,
-    ];
-    let large = l.sub(one, exp_normal(l, poly(l, a, c)));
-    let large = l.select(l.lt(a, l.splat(4.0)), large, one);
-    with_sign(l, l.select(l.lt(l.splat(0.85), a), large, small), x)
+fn beyond<L: Lanes>(l: L, a: L::F, times_a: bool, end: f32) -> L::F {
+    // With a N(a) in both places, its rounding errors cancel for large a, where it outweighs R; all coefficients are
+    // positive.
+    let n = [0.004_767_709_4, 0.044_959_03, 0.195_960_27, 0.455_291_87, 0.5];
+    let r = [1.371_524_8e-6, 0.011_890_729, 0.113_824_055, 0.455_155_07, 1.0];
+    let n = poly(l, a, n);
+    let m = l.mul(a, n);
+    let top = if times_a { m } else { n };
+    let g = l.div(top, l.mul_add(m, l.splat(2.506_628_3), poly(l, a, r)));
+    // a^2 = hi^2 + (a - hi)(a + hi) with hi^2 exact: rounding it would cost up to 40 ulp of the exponential.
+    let hi = l.add_u(l.to_bits(a), l.splat_u(0x800));
+    let hi = l.from_bits(l.and_u(hi, l.splat_u(0xffff_f000)));
+    let rest = l.mul(l.mul(l.sub(a, hi), l.splat(0.5)), l.add(a, hi));
+    let (k, r) = exp_reduce(l, l.mul(l.mul(hi, hi), l.splat(-0.5)));
+    let r = l.sub(r, rest);
+    let h = scale(l, l.mul_add(g, exp_less_1(l, r), g), k);
+    l.select(l.lt(l.splat(end), a), l.zero(), h)
+}
+
+/// `(1 + erf(x / sqrt 2)) / 2`, the normal distribution up to `x`, within 4 ulp: of small results too. Zero where the
+/// result is below 2^-126; limits 0 and 1.
+#[inline(always)]
+pub fn normal_cdf<L: Lanes>(l: L, x: L::F) -> L::F {
+    let tail = beyond(l, l.abs(x), false, 12.949_952);
+    l.select(l.le(x, l.zero()), tail, l.sub(l.splat(1.0), tail))
 }
 
 /// `x (1 + erf(x / sqrt 2)) / 2`, the exact form of GELU, within 4 ulp. Zero where the result is negative and
@@ -231,20 +229,7 @@ pub fn gelu<L: Lanes>(l: L, x: L::F) -> L::F {
     // max(x, 0) - h(|x|) with h(a) = a (1 - erf(a / sqrt 2)) / 2: nothing cancels in h, and the difference is at
     // least half of x.
     let a = l.abs(x);
-    // h(a) = e^(-a^2 / 2) m / (sqrt(2 pi) m + R(a)), m = a N(a). With m in both places, its rounding errors
-    // cancel for large a, where it outweighs R; all coefficients are positive.
-    let n = [0.004_767_709_4, 0.044_959_03, 0.195_960_27, 0.455_291_87, 0.5];
-    let r = [1.371_524_8e-6, 0.011_890_729, 0.113_824_055, 0.455_155_07, 1.0];
-    let m = l.mul(a, poly(l, a, n));
-    let g = l.div(m, l.mul_add(m, l.splat(2.506_628_3), poly(l, a, r)));
-    // a^2 = hi^2 + (a - hi)(a + hi) with hi^2 exact: rounding it would cost up to 40 ulp of the exponential.
-    let hi = l.add_u(l.to_bits(a), l.splat_u(0x800));
-    let hi = l.from_bits(l.and_u(hi, l.splat_u(0xffff_f000)));
-    let rest = l.mul(l.mul(l.sub(a, hi), l.splat(0.5)), l.add(a, hi));
-    let (k, r) = exp_reduce(l, l.mul(l.mul(hi, hi), l.splat(-0.5)));
-    let r = l.sub(r, rest);
-    let h = scale(l, l.mul_add(g, exp_less_1(l, r), g), k);
-    let h = l.select(l.lt(a, l.splat(13.146_247)), h, l.zero());
+    let h = beyond(l, a, true, 13.146_246);
     let large = l.sub(l.select(l.lt(x, l.zero()), l.zero(), x), h);
     // x / 2 + x^2 P(x^2) up to 0.6, where the quotient's operations would round more.
     let c = [-0.001_095_475_4, 0.009_948_187, -0.066_487_715, 0.398_942_2];

@@ -7,7 +7,7 @@ mod call;
 mod operations;
 
 use crate::support::{cases, isas};
-use call::{Call, Rows, flags, near};
+use call::{Call, Rows, flags, near, near_within};
 use linattn::Isa;
 use linattn::tensor::Rng;
 
@@ -48,7 +48,7 @@ macro_rules! operations {
     };
 }
 
-operations!(lightning split linear softmax agent focused mixed_chunk performer combiner);
+operations!(lightning split linear softmax agent focused mixed_chunk quadratic performer combiner);
 
 #[test]
 #[ignore = "thousands of calls of every operation"]
