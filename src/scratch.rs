@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use aligned_vec::{AVec, ConstAlign};
+use alloc::vec::Vec;
 
 const ALIGN: usize = 64;
 
@@ -34,6 +35,15 @@ impl Block {
     /// The block as a stack of slices.
     pub(crate) fn cut(&mut self) -> Cut<'_> {
         Cut(&mut self.0)
+    }
+}
+
+/// An empty vector with room for `len` elements.
+pub(crate) fn room<T>(op: &'static str, len: usize) -> Result<Vec<T>> {
+    let mut out = Vec::new();
+    match out.try_reserve_exact(len) {
+        Ok(()) => Ok(out),
+        Err(_) => Err(Error::Alloc { op, bytes: len.saturating_mul(size_of::<T>()) }),
     }
 }
 

@@ -3,8 +3,14 @@
 
 use crate::support::{isas, normal, with_threads};
 use linattn::Runtime;
+use linattn::attention::agent::AgentAttention;
+use linattn::attention::combiner::{CombinerAttention, CombinerConfig};
+use linattn::attention::focused::{FocusedConfig, FocusedLinearAttention};
 use linattn::attention::lightning::LightningAttention;
 use linattn::attention::linear::{FeatureMap, LinearAttention};
+use linattn::attention::mixed_chunk::{MixedChunkAttention, MixedChunkConfig};
+use linattn::attention::performer::{PerformerAttention, PerformerConfig};
+use linattn::attention::quadratic::{Factor, QuadraticAttention, ScoreActivation};
 use linattn::attention::softmax::SoftmaxAttention;
 use linattn::attention::{Mask, State};
 use linattn::tensor::{Rng, View, ViewMut};
@@ -16,6 +22,16 @@ enum Op {
     Linear(bool, bool),
     /// Causal or not.
     Softmax(bool),
+    /// Causal or not.
+    Performer(bool),
+    /// Causal or not. One head.
+    Quadratic(bool),
+    /// Causal or not. One head.
+    MixedChunk(bool),
+    /// One of the factorisations.
+    Combiner(fn(usize) -> CombinerConfig),
+    Agent,
+    Focused,
 }
 
 /// `[batch, len, heads, dk, dv]` and contiguous tensors.
@@ -56,6 +72,40 @@ impl Case {
                 let mask = if causal { Mask::Causal } else { Mask::Full };
                 SoftmaxAttention::new().with_mask(mask).forward(rt, q, k, v, out)
             }
+            Op::Performer(causal) => {
+                let config = PerformerConfig::relu();
+                let config = if causal { config.causal() } else { config };
+                let projection = normal(&mut Rng::new(7), 40 * dk);
+                let projection = View::new(&projection, [40, dk]).expect("a projection");
+                let op = PerformerAttention::new(config, projection).expect("a projection");
+                op.forward(rt, q, k, v, out, None)
+            }
+            Op::Quadratic(causal) => {
+                let op = QuadraticAttention::new(ScoreActivation::Laplace, Factor::InvLen);
+                let op = op.expect("a factor");
+                let op = if causal { op.causal() } else { op };
+                op.forward(rt, q.one_head(0), k.one_head(0), v.one_head(0), out.one_head(0))
+            }
+            Op::MixedChunk(causal) => {
+                let op = MixedChunkAttention::new(MixedChunkConfig::package(64, causal));
+                let (q, k) = (q.one_head(0), k.one_head(0));
+                let (v, out) = (v.one_head(0), out.one_head(0));
+                op.expect("a configuration").forward(rt, [q, k, q, k], v, out, None)
+            }
+            Op::Combiner(config) => {
+                let op = CombinerAttention::new(config(16)).expect("a configuration");
+                op.forward(rt, q, k, v, out, None)
+            }
+            Op::Agent => {
+                let agents = normal(&mut Rng::new(7), b * 9 * h * dk);
+                let agents = View::new(&agents, [b, 9, h, dk]).expect("a tensor");
+                AgentAttention::new().forward(rt, q, k, v, agents, out)
+            }
+            Op::Focused => {
+                let config = FocusedConfig { heads: h, ..FocusedConfig::default() };
+                let op = FocusedLinearAttention::new(config, &vec![1.0; h * dk]);
+                op.expect("a scale").forward(rt, q, k, v, out)
+            }
         };
         done.expect("valid arguments");
         data
@@ -65,9 +115,58 @@ impl Case {
 fn sees(op: Op, row: usize, token: usize) -> bool {
     let causal = match op {
         Op::Lightning => true,
-        Op::Linear(causal, _) | Op::Softmax(causal) => causal,
+        Op::Linear(causal, _)
+        | Op::Softmax(causal)
+        | Op::Performer(causal)
+        | Op::Quadratic(causal)
+        | Op::MixedChunk(causal) => causal,
+        Op::Combiner(config) => config(1).causal,
+        Op::Agent | Op::Focused => false,
     };
     !causal || row >= token
+}
+
+/// The shape with as many heads as the operation has.
+fn heads(op: Op, [b, n, h, dk, dv]: [usize; 5]) -> [usize; 5] {
+    match op {
+        Op::Quadratic(_) | Op::MixedChunk(_) => [b * h, n, 1, dk, dv],
+        _ => [b, n, h, dk, dv],
+    }
+}
+
+/// A NaN in a query reaches its own row, one in a key the rows that see it, and neither another head: those are the same
+/// to the last bit.
+#[track_caller]
+fn check_queries_and_keys(op: Op) {
+    for (seed, dims) in (300..).zip([[1, 70, 3, 20, 24], [2, 150, 2, 32, 40]]) {
+        let dims @ [b, n, h, dk, dv] = heads(op, dims);
+        println!("queries and keys of {op:?}, {dims:?}, seed {seed}");
+        let clean = Case::new(dims, seed);
+        for (isa, token) in isas().into_iter().flat_map(|i| [0, n / 2, n - 1].map(|t| (i, t))) {
+            let rt = with_threads(isa, Some(2));
+            let want = clean.run(&rt, op);
+            for key in [false, true] {
+                let (mut case, (batch, head)) = (clean.clone(), (b - 1, h / 2));
+                let rows = if key { &mut case.k } else { &mut case.q };
+                rows[((batch * n + token) * h + head) * dk + dk / 2] = f32::NAN;
+                let out = case.run(&rt, op);
+                for (r, (row, want)) in out.chunks(dv).zip(want.chunks(dv)).enumerate() {
+                    // Focusing looks at the length of a row of all heads.
+                    let one = matches!(op, Op::Focused) || r % h == head;
+                    let (t, own) = (r / h % n, r / h / n == batch && one);
+                    // Queries are pooled as keys are.
+                    let as_key = key || matches!(op, Op::Combiner(_));
+                    let reached = own && if as_key { sees(op, t, token) } else { t == token };
+                    for (x, want) in row.iter().zip(want) {
+                        let what = format!("{op:?} on {isa}, key: {key}, token {token}, row {r}");
+                        let close = (x - want).abs() <= 1e-4 * (1.0 + want.abs().max(scale(op)));
+                        assert!(reached || close, "{what}: {x}, {want} without it");
+                        assert!(own || x.to_bits() == want.to_bits(), "{what}: another head");
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Every place in turn, on every instruction set. The kinds of work that threads divide differ with the shape.
@@ -83,8 +182,12 @@ fn check(op: Op) {
         // More than two segments of keys.
         [1, 2021, 1, 32, 40],
     ];
-    for (seed, dims) in (200..).zip(shapes) {
-        let [b, n, h, dk, dv] = dims;
+    check_queries_and_keys(op);
+    // Only those that go token by token where values are not finite have work of so many kinds.
+    let every = matches!(op, Op::Lightning | Op::Linear(..) | Op::Softmax(_));
+    let shapes = if every { &shapes[..] } else { &shapes[2..4] };
+    for (seed, dims) in (200..).zip(shapes.iter().copied()) {
+        let dims @ [b, n, h, dk, dv] = heads(op, dims);
         println!("{op:?}, [{b}, {n}, {h}, {dk}, {dv}], seed {seed}");
         let clean = Case::new(dims, seed);
         let places = [(0, 0), (n / 2, 0), (n / 2 + 7, dv / 2), (n - 3, dv - 1), (n - 1, dv / 3)];
@@ -146,6 +249,41 @@ fn scale(op: Op) -> f32 {
 #[test]
 fn lightning() {
     check(Op::Lightning);
+}
+
+#[test]
+fn performer() {
+    check(Op::Performer(true));
+    check(Op::Performer(false));
+}
+
+#[test]
+fn quadratic() {
+    check(Op::Quadratic(true));
+    check(Op::Quadratic(false));
+}
+
+#[test]
+fn mixed_chunk() {
+    check(Op::MixedChunk(true));
+    check(Op::MixedChunk(false));
+}
+
+#[test]
+fn combiner() {
+    check(Op::Combiner(|span| CombinerConfig::fixed(span).causal()));
+    check(Op::Combiner(CombinerConfig::axial_row_major));
+    check(Op::Combiner(CombinerConfig::axial_mixture));
+}
+
+#[test]
+fn agent() {
+    check(Op::Agent);
+}
+
+#[test]
+fn focused() {
+    check(Op::Focused);
 }
 
 #[test]

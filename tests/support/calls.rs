@@ -121,7 +121,7 @@ fn linear_causal<E: Element>(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
 }
 
 /// The state is a result too.
-fn contents(state: &impl StreamState, m: &Memory) -> Result<()> {
+pub fn contents(state: &impl StreamState, m: &Memory) -> Result<()> {
     state.contents(&mut |x| {
         m.also(x);
         Ok(())

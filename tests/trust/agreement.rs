@@ -7,7 +7,7 @@ use linattn::{Isa, Precision};
 use std::fs;
 use std::path::PathBuf;
 
-/// Names a folder. Results are written to it where it has none yet, and compared with what it has.
+/// Names a folder. Results in single precision are written to it, and compared with those of other machines in it.
 const FOLDER: &str = "LINATTN_TEST_RESULTS";
 /// Distance of two instruction sets in single precision.
 const F32: f64 = 5e-7;
@@ -25,18 +25,23 @@ fn results(engine: Engine, call: Call, size: Size) -> Vec<Vec<f32>> {
     memory.results().iter().map(|out| out.chunks_exact(4).map(float).collect()).collect()
 }
 
-/// What a folder has, or is given now.
-fn kept(name: &str, results: &[Vec<f32>]) -> Option<Vec<Vec<f32>>> {
-    let file = PathBuf::from(std::env::var_os(FOLDER)?).join(name.replace(' ', "_"));
-    if let Ok(bytes) = fs::read(&file) {
+/// What all machines left in the folder, to which `results` are added.
+fn kept(name: &str, engine: Engine, results: &[Vec<f32>]) -> Vec<Vec<Vec<f32>>> {
+    let Some(folder) = std::env::var_os(FOLDER).map(|f| PathBuf::from(f).join(name)) else {
+        return Vec::new();
+    };
+    fs::create_dir_all(&folder).expect("a folder");
+    let bytes: Vec<u8> = results.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
+    let own = format!("{} {}", std::env::consts::ARCH, engine.isa);
+    fs::write(folder.join(own), bytes).expect("a file");
+    let files = fs::read_dir(folder).expect("a folder");
+    let read = |file: std::io::Result<fs::DirEntry>| {
+        let bytes = fs::read(file.expect("a file").path()).expect("a file");
         let mut floats =
             bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let part = |out: &Vec<f32>| floats.by_ref().take(out.len()).collect();
-        return Some(results.iter().map(part).collect());
-    }
-    let bytes: Vec<u8> = results.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
-    fs::write(file, bytes).expect("a folder");
-    None
+        results.iter().map(|out| floats.by_ref().take(out.len()).collect()).collect()
+    };
+    files.map(read).collect()
 }
 
 #[test]
@@ -46,11 +51,15 @@ fn instruction_sets_agree() {
     for (name, call) in crate::all() {
         for (i, size) in SIZES.into_iter().enumerate() {
             let want = results(portable, call, size);
-            let kept = kept(&format!("{name} {i}"), &want);
             for engine in engines() {
                 let got = results(engine, call, size);
                 let mut error = 0.0f64;
-                for want in [Some(&want), kept.as_ref()].into_iter().flatten() {
+                let others = if engine.precision == Precision::F32 {
+                    kept(&format!("{name} {i}"), engine, &got)
+                } else {
+                    Vec::new()
+                };
+                for want in others.iter().chain([&want]) {
                     assert_eq!(got.len(), want.len(), "{name}: number of results");
                     for (got, want) in got.iter().zip(want) {
                         error = error.max(rel_err(got, &widen(want)));

@@ -29,10 +29,12 @@ const SIZE: Size = Size { batch: 2, len: 11, heads: 3, dk: 6, dv: 10 };
 
 /// Operands with a dimension that no other operand has, and extents that it may have: agents, random features, and maps
 /// that a convolution with stride makes equally small.
-const FREE: [(&str, usize, usize, &[usize]); 5] = [
+const FREE: [(&str, usize, usize, &[usize]); 7] = [
     ("agent", 3, 1, &[10, 8, 0]),
     ("performer", 0, 2, &[10, 8]),
     ("performer, causal", 0, 2, &[10, 8]),
+    ("gradients of performer", 0, 2, &[10, 8]),
+    ("gradients of performer, causal", 0, 2, &[10, 8]),
     ("convolution", 1, 1, &[4]),
     ("convolution", 1, 2, &[3]),
 ];

@@ -1,5 +1,6 @@
 //! No operation touches a byte outside of its operands, and each writes every element of its outputs.
 
+use crate::backward_calls::BACKWARD;
 use crate::calls::{self, Call, LAYERS, Size, attention};
 use crate::memory::{Memory, Place};
 use crate::support::{cases, engines};
@@ -66,4 +67,9 @@ fn operations_on_half_precision() {
 #[test]
 fn parts_of_layers() {
     sweep::<f32>(&LAYERS);
+}
+
+#[test]
+fn gradients() {
+    sweep::<f32>(&BACKWARD);
 }

@@ -3,6 +3,8 @@
 
 mod agreement;
 mod arguments;
+#[path = "../support/backward_calls.rs"]
+mod backward_calls;
 #[path = "../support/calls.rs"]
 mod calls;
 mod definitions;
@@ -18,9 +20,10 @@ mod streams;
 mod support;
 mod surroundings;
 
+use backward_calls::BACKWARD;
 use calls::{Call, LAYERS, attention};
 
-/// All operations on `f32`.
+/// All operations on `f32`, and all ways back.
 fn all() -> impl Iterator<Item = (&'static str, Call)> {
-    attention::<f32>().into_iter().chain(LAYERS)
+    attention::<f32>().into_iter().chain(LAYERS).chain(BACKWARD)
 }

@@ -11,6 +11,7 @@ use super::state::State;
 use crate::error::{Error, Result, expect_shape};
 use crate::kernels::decay::DecayTable;
 use crate::runtime::Runtime;
+use crate::scratch::room;
 use crate::tensor::{Element, View, ViewMut};
 use alloc::vec::Vec;
 
@@ -58,22 +59,31 @@ impl LightningAttention {
     /// One slope per head, 0 (no decay) to infinity (each token replaces the state).
     ///
     /// # Errors
-    /// [`Error::Value`] for a slope that is NaN or negative.
+    /// [`Error::Value`] for a slope that is NaN or negative, [`Error::Alloc`] if memory cannot be had.
     pub fn new(slopes: &[f64]) -> Result<Self> {
-        Self::of(slopes, None)
+        Self::of(slopes.len(), |h| slopes[h], None)
     }
 
     /// As [`new`](Self::new) with a hint for the rows of a chunk, which changes speed but not results.
     pub fn with_chunk(slopes: &[f64], chunk: usize) -> Result<Self> {
-        Self::of(slopes, Some(chunk.clamp(1, MAX_CHUNK)))
+        Self::of(slopes.len(), |h| slopes[h], Some(chunk.clamp(1, MAX_CHUNK)))
     }
 
-    fn of(slopes: &[f64], chunk: Option<usize>) -> Result<Self> {
-        if let Some(bad) = slopes.iter().find(|s| s.is_nan() || **s < 0.0) {
-            return Err(Error::value("lightning attention", "slopes", "0 or positive", bad));
+    /// Without any decay.
+    pub(crate) fn plain(heads: usize) -> Result<Self> {
+        Self::of(heads, |_| 0.0, None)
+    }
+
+    fn of(heads: usize, slope: impl Fn(usize) -> f64, chunk: Option<usize>) -> Result<Self> {
+        let bad = |h| Some(slope(h)).filter(|s| s.is_nan() || *s < 0.0);
+        if let Some(bad) = (0..heads).find_map(bad) {
+            return Err(Error::value(OP, "slopes", "0 or positive", bad));
         }
-        let tables =
-            slopes.iter().map(|s| DecayTable::new(s.abs(), chunk.unwrap_or(CHUNK))).collect();
+        let mut tables = room(OP, heads)?;
+        for h in 0..heads {
+            // Zero without a sign.
+            tables.push(DecayTable::new(slope(h).abs(), chunk.unwrap_or(CHUNK))?);
+        }
         Ok(Self { tables, chunk, scale: 1.0 })
     }
 
@@ -83,7 +93,7 @@ impl LightningAttention {
     /// [`Error::Value`] if it is not finite.
     pub fn with_scale(mut self, scale: f32) -> Result<Self> {
         if !scale.is_finite() {
-            return Err(Error::value("lightning attention", "scale", "finite", scale));
+            return Err(Error::value(OP, "scale", "finite", scale));
         }
         self.scale = scale;
         Ok(self)

@@ -18,7 +18,6 @@ use crate::kernels::staging::each_head;
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{Element, View, ViewMut};
-use alloc::vec;
 
 impl LinearAttention {
     /// The gradients of [`forward`](Self::forward).
@@ -132,7 +131,7 @@ impl Core {
             start.copy_from_slice(sums);
             fill_state(dstate.as_deref(), rows, values, dsums);
             let vwide = View::new(&*vwide, given)?;
-            let plain = LightningAttention::new(&vec![0.0; heads])?;
+            let plain = LightningAttention::plain(heads)?;
             if self.eps.is_some() {
                 // Numerators and denominators.
                 let out = ViewMut::new(&mut *out, asked)?;

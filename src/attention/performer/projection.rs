@@ -1,8 +1,8 @@
 //! Random projections with orthogonal rows.
 
 use crate::error::{Error, Result};
+use crate::scratch::room;
 use crate::tensor::{Rng, Tensor};
-use alloc::vec::Vec;
 
 /// How long the rows of a projection are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,9 +49,8 @@ pub fn orthogonal_projection(
     let mut out = Tensor::zeros([features, dk])?;
     // The orthonormal rows of a block so far, and the one that is formed.
     let rows = features.min(dk);
-    let (len, mut room) = (rows * dk, Vec::<f64>::new());
-    let failed = |_| Error::Alloc { op: "projection", bytes: len.saturating_mul(8) };
-    room.try_reserve_exact(len).map_err(failed)?;
+    let len = rows * dk;
+    let mut room = room::<f64>("projection", len)?;
     room.resize(len, 0.0);
     let mut rng = Rng::new(seed);
     let mut normal = || f64::from(rng.normal());
