@@ -90,8 +90,11 @@ pub fn backward<E: Element>(
     let to_x = (Operand::Plain(dout), Operand::Plain(weight));
     let to_w = (Operand::Turned(dout), Operand::Plain(x));
     let need = bytes(rt, to_x.0, to_x.1, &dx).max(bytes(rt, to_w.0, to_w.1, &dweight));
-    rt.with_scratch(need.max(2 * bytes_of::<f32>(outputs)), |mut cut| {
+    let need = need.max(2 * bytes_of::<f32>(outputs));
+    rt.with_scratch(need, |mut cut| {
+        let all = cut.take::<u8>(need);
         if let Some(mut dbias) = dbias {
+            let mut cut = Cut::new(all);
             let (sum, row) = (cut.take::<f32>(outputs), cut.take::<f32>(outputs));
             sum.fill(0.0);
             for i in 0..n {
@@ -100,9 +103,6 @@ pub fn backward<E: Element>(
             }
             E::narrow(Generic, sum, dbias.row_mut([0]));
         }
-    })?;
-    rt.with_scratch(need, |mut cut| {
-        let all = cut.take::<u8>(need);
         product(rt, to_x.0, to_x.1, None, dx, Cut::new(all));
         product(rt, to_w.0, to_w.1, None, dweight, Cut::new(all));
     })

@@ -272,7 +272,7 @@ fn mixed_chunk() {
 #[test]
 fn combiner() {
     check(Op::Combiner(|span| CombinerConfig::fixed(span).causal()));
-    check(Op::Combiner(CombinerConfig::axial_row_major));
+    check(Op::Combiner(|span| CombinerConfig::axial_row_major(span).causal()));
     check(Op::Combiner(CombinerConfig::axial_mixture));
 }
 

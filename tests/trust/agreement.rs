@@ -1,5 +1,6 @@
 //! Instruction sets agree with each other, here and, through a folder, on other machines.
 
+use crate::backward_calls::BACKWARD;
 use crate::calls::{Call, LAYERS, Size};
 use crate::memory::{Memory, Place};
 use crate::support::{Engine, engines, rel_err, widen};
@@ -11,6 +12,8 @@ use std::path::PathBuf;
 const FOLDER: &str = "LINATTN_TEST_RESULTS";
 /// Distance of two instruction sets in single precision.
 const F32: f64 = 5e-7;
+/// The same of gradients.
+const BACK: f64 = 3e-6;
 
 const SIZES: [Size; 3] = [
     Size { batch: 2, len: 1, heads: 2, dk: 17, dv: 9 },
@@ -47,9 +50,11 @@ fn kept(name: &str, engine: Engine, results: &[Vec<f32>]) -> Vec<Vec<Vec<f32>>> 
 #[test]
 fn instruction_sets_agree() {
     let portable = Engine { isa: Isa::Portable, precision: Precision::F32 };
-    let mut worst = (0.0, String::new());
+    let mut worst = [(0.0, String::new()), (0.0, String::new())];
     for (name, call) in crate::all() {
-        for (i, size) in SIZES.into_iter().enumerate() {
+        let way_back = BACKWARD.iter().any(|(back, _)| *back == name);
+        // A single key has all the weight whatever its score, whose gradient is what is left of rounding.
+        for (i, size) in SIZES.into_iter().enumerate().skip(usize::from(way_back)) {
             let want = results(portable, call, size);
             for engine in engines() {
                 let got = results(engine, call, size);
@@ -67,15 +72,19 @@ fn instruction_sets_agree() {
                 }
                 let what = format!("{name} {i}, {} {}: {error:.1e}", engine.isa, engine.name());
                 let operation = !LAYERS.iter().any(|(layer, _)| *layer == name);
-                let own = if engine.precision == Precision::F32 { F32 } else { 1e-5 };
+                let own = match engine.precision {
+                    Precision::F32 if way_back => BACK,
+                    Precision::F32 => F32,
+                    _ => 1e-5,
+                };
                 assert!(error <= engine.tolerance(own, operation), "{what}");
                 if engine.precision != Precision::F32 {
                     println!("{what}");
-                } else if error > worst.0 {
-                    worst = (error, what);
+                } else if error > worst[usize::from(way_back)].0 {
+                    worst[usize::from(way_back)] = (error, what);
                 }
             }
         }
     }
-    println!("the most in single precision: {}", worst.1);
+    println!("the most in single precision: {}; {}", worst[0].1, worst[1].1);
 }

@@ -92,8 +92,9 @@ impl CombinerConfig {
 /// k_R = pool_(j in R) k_j      q_R = pool_(j in R) q_j      v_R = sum_j softmax_j(q_R . k_j) v_j      over j in R
 /// ```
 ///
-/// or as [`Variant`] says. Every key keeps a weight above zero. A last segment that is not full is pooled over the
-/// tokens it has.
+/// or as [`Variant`] says. A last segment that is not full is pooled over the tokens it has. Every key keeps a weight
+/// above zero, but for those of such a segment in [`Variant::AxialRowMajor`] when it is not causal: columns that the
+/// segment does not reach have no summary of it.
 ///
 /// State ([`Variant::Fixed`], causal): summaries of finished segments, and keys, values and pools of the open one;
 /// it grows by `dk + dv` numbers per segment. Splitting a sequence anywhere and feeding the parts gives the same result.

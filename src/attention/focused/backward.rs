@@ -71,7 +71,9 @@ impl FocusedLinearAttention {
         let [len_q, len_k] = [lq, lk].map(|n| batch * n * channels);
         let [sums_q, sums_k] = [lq, lk].map(|n| batch * n.div_ceil(BLOCK) * channels);
         let lens = [len_q, len_q, len_k, len_k, sums_q, sums_k];
-        rt.with_scratch(lens.map(bytes_of::<f32>).iter().sum(), |mut cut| {
+        // All memory is had before the first gradient is written.
+        let chain = rt.threads() * bytes_of::<f32>(2 * channels);
+        rt.with_scratch(lens.map(bytes_of::<f32>).iter().sum::<usize>() + chain, |mut cut| {
             let [f, df, g, dg, sums_q, sums_k] = lens.map(|n| cut.take::<f32>(n));
             let focus = self.focus();
             let [rows_q, rows_k] = [lq, lk].map(|n| [batch, n, channels]);
@@ -84,7 +86,7 @@ impl FocusedLinearAttention {
                 (q, View::new(&*df, rows_q)?, dq, &mut *sums_q),
                 (k, View::new(&*dg, rows_k)?, dk, &mut *sums_k),
             ] {
-                rt.run(Chain(rt, Job { focus, x, dphi, dx, sums }))?;
+                rt.run(Chain(rt, Job { focus, x, dphi, dx, sums }, cut.reborrow()));
             }
             let Some(dscale) = dscale else { return Ok(()) };
             dscale.fill(0.0);
@@ -142,14 +144,14 @@ impl<E: Element> Divide for Job<'_, E> {
     }
 }
 
-struct Chain<'r, 'a, E>(&'r Runtime, Job<'a, E>);
+struct Chain<'r, 'a, E>(&'r Runtime, Job<'a, E>, Cut<'a>);
 
 impl<E: Element> Task for Chain<'_, '_, E> {
-    type Output = Result<()>;
-    fn run<B: Backend>(self, b: B) -> Result<()> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
         let channels = self.1.dphi.shape()[2];
         let bytes = bytes_of::<f32>(2 * channels);
-        self.0.divide(self.1, bytes, &|mut job: Job<'_, E>, mut cut: Cut<'_>| {
+        self.0.divide_in(self.1, self.2, bytes, &|mut job: Job<'_, E>, mut cut: Cut<'_>| {
             let (room, [batch, len, ..]) = (cut.take::<f32>(2 * channels), job.x.shape());
             let starts = (0..batch).flat_map(|n| (0..len).step_by(BLOCK).map(move |at| (n, at)));
             for ((n, at), sums) in starts.zip(job.sums.chunks_exact_mut(channels)) {
@@ -163,6 +165,6 @@ impl<E: Element> Task for Chain<'_, '_, E> {
                     room: &mut *room,
                 });
             }
-        })
+        });
     }
 }

@@ -11,11 +11,12 @@
 //! Each line is Lightning Attention of other tensors: `(do, v, k)`, `(v, do, q)` and `(k, q, do)`. The last two
 //! begin at the gradient of the final state and end at that of the initial one.
 
-use super::{LightningAttention, OP, task};
+use super::task::{self, Run};
+use super::{LightningAttention, OP, longest};
 use crate::attention::{Gradients, Inputs, State};
 use crate::error::{Result, expect_shape};
 use crate::runtime::Runtime;
-use crate::scratch::bytes_of;
+use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{Element, View, ViewMut};
 
 impl LightningAttention {
@@ -59,7 +60,10 @@ impl LightningAttention {
         let Inputs { q, k, v, state, dout } = inputs;
         let Gradients { q: dq, k: dk, v: dv, state: dstate } = grads;
         let (state, dstate) = (state.map(State::view), dstate.map(State::view_mut));
-        gradients(rt, self, [q, k, v, dout], state, [dq, dk, dv], dstate)
+        let bytes = gradients_bytes(rt, self, q.shape(), v.shape()[3]);
+        rt.with_scratch(bytes, |cut| {
+            gradients(rt, self, [q, k, v, dout], state, [dq, dk, dv], dstate, cut)
+        })?
     }
 
     /// The gradients of [`forward_packed`](Self::forward_packed): as [`backward`](Self::backward), with one row of
@@ -77,16 +81,20 @@ impl LightningAttention {
     ) -> Result<()> {
         Self::check_packed(inputs.q.shape(), cu_seqlens)?;
         self.check_backward(&inputs, &grads, cu_seqlens.len() - 1)?;
-        for (s, w) in cu_seqlens.windows(2).enumerate() {
-            let Inputs { q, k, v, state, dout } = inputs;
-            let inputs = [q, k, v, dout].map(|x| x.slice(1, w[0], w[1]));
-            let state = state.map(|x| x.view().slice(0, s, s + 1));
-            let own = [&mut grads.q, &mut grads.k, &mut grads.v]
-                .map(|x| x.reborrow().slice(1, w[0], w[1]));
-            let dstate = grads.state.as_mut().map(|x| x.view_mut().slice(0, s, s + 1));
-            gradients(rt, self, inputs, state, own, dstate)?;
-        }
-        Ok(())
+        let Inputs { q, k, v, state, dout } = inputs;
+        let ([.., heads, dk], [.., dv]) = (q.shape(), v.shape());
+        let bytes = gradients_bytes(rt, self, [1, longest(cu_seqlens), heads, dk], dv);
+        rt.with_scratch(bytes, |mut cut| {
+            for (s, w) in cu_seqlens.windows(2).enumerate() {
+                let inputs = [q, k, v, dout].map(|x| x.slice(1, w[0], w[1]));
+                let state = state.map(|x| x.view().slice(0, s, s + 1));
+                let own = [&mut grads.q, &mut grads.k, &mut grads.v]
+                    .map(|x| x.reborrow().slice(1, w[0], w[1]));
+                let dstate = grads.state.as_mut().map(|x| x.view_mut().slice(0, s, s + 1));
+                gradients(rt, self, inputs, state, own, dstate, cut.reborrow())?;
+            }
+            Ok(())
+        })?
     }
 
     fn check_backward<E: Element>(
@@ -115,6 +123,26 @@ impl LightningAttention {
     }
 }
 
+/// The three runs as calls of rows of `q` and of `v`.
+fn runs(len: usize, dk: usize, dv: usize) -> [Run; 3] {
+    [
+        Run { len, dk: dv, dv: dk, turned: false },
+        Run { len, dk: dv, dv: dk, turned: true },
+        Run { len, dk, dv, turned: true },
+    ]
+}
+
+/// Scratch of [`gradients`], from the shape of `q` and the width of `v`.
+pub(in crate::attention) fn gradients_bytes(
+    rt: &Runtime,
+    op: &LightningAttention,
+    [batch, len, heads, dk]: [usize; 4],
+    dv: usize,
+) -> usize {
+    let most = runs(len, dk, dv).map(|run| run.scratch(rt, op)).into_iter().max().unwrap_or(0);
+    bytes_of::<f32>(batch * heads * dk * dv) + bytes_of::<f32>(dv) + most
+}
+
 /// The three runs over checked arguments: `[q, k, v, dout]` and the initial state; the gradients of `q`, `k` and `v`,
 /// and that of the final state, which becomes that of the initial one.
 pub(in crate::attention) fn gradients<E: Element>(
@@ -124,32 +152,32 @@ pub(in crate::attention) fn gradients<E: Element>(
     state: Option<View<'_, f32, 4>>,
     [dq, dk, dv]: [ViewMut<'_, E, 4>; 3],
     mut dstate: Option<ViewMut<'_, f32, 4>>,
+    mut cut: Cut<'_>,
 ) -> Result<()> {
     let ([batch, _, heads, width], [.., values]) = (q.shape(), v.shape());
     let (rows, columns) = ([batch, heads, width, values], [batch, heads, values, width]);
-    let len = rows.iter().product();
-    rt.with_scratch(bytes_of::<f32>(len) + bytes_of::<f32>(values), |mut cut| {
-        let (sums, row) = (cut.take::<f32>(len), cut.take::<f32>(values));
-        match state {
-            Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row(at))),
-            None => sums.fill(0.0),
+    let (sums, row) = (cut.take::<f32>(rows.iter().product()), cut.take::<f32>(values));
+    match state {
+        Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row(at))),
+        None => sums.fill(0.0),
+    }
+    let start = ViewMut::new(&mut *sums, columns)?;
+    task::run(rt, op, [dout, v, k], dq, start, cut.reborrow());
+    match &mut dstate {
+        Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row_mut(at))),
+        None => sums.fill(0.0),
+    }
+    let start = ViewMut::new(&mut *sums, columns)?;
+    task::run_turned(rt, op, [v, dout, q], [1.0, 1.0, op.scale], dk, start, cut.reborrow());
+    let start = match dstate {
+        Some(state) => state,
+        None => {
+            sums.fill(0.0);
+            ViewMut::new(&mut *sums, rows)?
         }
-        task::run(rt, op, [dout, v, k], dq, ViewMut::new(&mut *sums, columns)?)?;
-        match &mut dstate {
-            Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row_mut(at))),
-            None => sums.fill(0.0),
-        }
-        let start = ViewMut::new(&mut *sums, columns)?;
-        task::run_turned(rt, op, [v, dout, q], [1.0, 1.0, op.scale], dk, start)?;
-        let start = match dstate {
-            Some(state) => state,
-            None => {
-                sums.fill(0.0);
-                ViewMut::new(&mut *sums, rows)?
-            }
-        };
-        task::run_turned(rt, op, [k, q, dout], [1.0, op.scale, 1.0], dv, start)
-    })?
+    };
+    task::run_turned(rt, op, [k, q, dout], [1.0, op.scale, 1.0], dv, start, cut);
+    Ok(())
 }
 
 /// Matrices `[rows, columns]`, read a row at a time into `row`, as `[columns, rows]`.

@@ -7,6 +7,7 @@ pub(super) mod task;
 
 pub use slopes::SlopeSchedule;
 
+use self::task::Run;
 use super::state::State;
 use crate::error::{Error, Result, expect_shape};
 use crate::kernels::decay::DecayTable;
@@ -127,7 +128,9 @@ impl LightningAttention {
         let [.., dv] = v.shape();
         state.expect(OP, [batch, self.heads(), dk, dv])?;
         state.room(OP, len)?;
-        task::run(rt, self, [q, k, v], out, state.view_mut())?;
+        let bytes = Run { len, dk, dv, turned: false }.scratch(rt, self);
+        let to = state.view_mut();
+        rt.with_scratch(bytes, |cut| task::run(rt, self, [q, k, v], out, to, cut))?;
         state.advance(len);
         Ok(())
     }
@@ -157,11 +160,15 @@ impl LightningAttention {
         state.expect(OP, [cu_seqlens.len() - 1, self.heads(), dk, dv])?;
         state.room(OP, len)?;
         let mut states = state.view_mut();
-        for (s, w) in cu_seqlens.windows(2).enumerate() {
-            let [q, k, v] = [q, k, v].map(|x| x.slice(1, w[0], w[1]));
-            let out = out.reborrow().slice(1, w[0], w[1]);
-            task::run(rt, self, [q, k, v], out, states.reborrow().slice(0, s, s + 1))?;
-        }
+        let bytes = Run { len: longest(cu_seqlens), dk, dv, turned: false }.scratch(rt, self);
+        rt.with_scratch(bytes, |mut cut| {
+            for (s, w) in cu_seqlens.windows(2).enumerate() {
+                let qkv = [q, k, v].map(|x| x.slice(1, w[0], w[1]));
+                let out = out.reborrow().slice(1, w[0], w[1]);
+                let state = states.reborrow().slice(0, s, s + 1);
+                task::run(rt, self, qkv, out, state, cut.reborrow());
+            }
+        })?;
         state.advance(len);
         Ok(())
     }
@@ -200,6 +207,11 @@ impl LightningAttention {
         expect_shape(OP, "out", letters, v.shape(), out)?;
         Ok(q.shape())
     }
+}
+
+/// Tokens of the longest packed sequence.
+fn longest(cu_seqlens: &[usize]) -> usize {
+    cu_seqlens.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
 }
 
 const OP: &str = "lightning attention";

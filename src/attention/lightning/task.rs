@@ -5,7 +5,6 @@
 //! wait for those of another. Every element goes through the same operations in the same order either way.
 
 use super::LightningAttention;
-use crate::error::Result;
 use crate::kernels::ahead::Ahead;
 use crate::kernels::chunk::{
     Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Turned, Workspace,
@@ -44,7 +43,7 @@ struct Job<'a, E> {
 impl<'a, E: Element> Job<'a, E> {
     fn shape<B: Backend>(&self) -> ChunkShape {
         let ([_, len, _, dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        ChunkShape { chunk: rows::<B>(self.chunk).min(len).max(1), dk, dv }
+        shape::<B>(self.chunk, len, [dk, dv])
     }
 
     fn head(&self, b: usize, h: usize) -> Head<'a, E> {
@@ -62,9 +61,8 @@ impl<'a, E: Element> Job<'a, E> {
         if self.by_batch { self.q.shape()[0] } else { self.tables.len() }
     }
 
-    /// Whether the call goes token by token.
     fn is_short(&self) -> bool {
-        self.turned.is_none() && self.q.shape()[1] <= RECURRENT
+        is_short(self.q.shape()[1], self.turned.is_some())
     }
 
     /// Ranges of columns that threads may share a head by; a step needs whole rows of the state.
@@ -81,12 +79,50 @@ impl<'a, E: Element> Job<'a, E> {
     }
 
     fn bytes<B: Backend>(&self) -> usize {
-        let s = self.shape::<B>();
-        if self.is_short() {
+        let ([_, len, _, dk], [.., dv]) = (self.q.shape(), self.v.shape());
+        Run { len, dk, dv, turned: self.turned.is_some() }.bytes::<B>(self.chunk, self.tables.len())
+    }
+}
+
+/// Whether a call goes token by token.
+fn is_short(len: usize, turned: bool) -> bool {
+    !turned && len <= RECURRENT
+}
+
+fn shape<B: Backend>(chunk: Option<usize>, len: usize, [dk, dv]: [usize; 2]) -> ChunkShape {
+    ChunkShape { chunk: rows::<B>(chunk).min(len).max(1), dk, dv }
+}
+
+/// What the scratch of a call depends on.
+#[derive(Clone, Copy)]
+pub(in crate::attention) struct Run {
+    pub len: usize,
+    pub dk: usize,
+    pub dv: usize,
+    /// Whether it reads from the last token to the first.
+    pub turned: bool,
+}
+
+impl Run {
+    /// Of one part.
+    fn bytes<B: Backend>(self, chunk: Option<usize>, heads: usize) -> usize {
+        let s = shape::<B>(chunk, self.len, [self.dk, self.dv]);
+        if is_short(self.len, self.turned) {
             return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
         }
-        let turned = self.turned.map_or(0, |_| Turned::bytes(s));
-        chunked_bytes::<B>(s, self.tables.len()) + turned
+        chunked_bytes::<B>(s, heads) + if self.turned { Turned::bytes(s) } else { 0 }
+    }
+
+    /// Of all parts; never less for a longer call.
+    pub(in crate::attention) fn scratch(self, rt: &Runtime, op: &LightningAttention) -> usize {
+        struct Ask<'a>(Run, &'a LightningAttention);
+        impl Task for Ask<'_> {
+            type Output = usize;
+            fn run<B: Backend>(self, _: B) -> usize {
+                self.0.bytes::<B>(self.1.chunk, self.1.heads())
+            }
+        }
+        rt.threads() * bytes_of::<u8>(rt.run(Ask(self, op)))
     }
 }
 
@@ -271,39 +307,40 @@ fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'
 struct Forward<'r, 'a, E> {
     rt: &'r Runtime,
     job: Job<'a, E>,
+    cut: Cut<'a>,
 }
 
 impl<E: Element> Task for Forward<'_, '_, E> {
-    type Output = Result<()>;
+    type Output = ();
 
-    fn run<B: Backend>(self, b: B) -> Result<()> {
-        let Forward { rt, mut job } = self;
+    fn run<B: Backend>(self, b: B) {
+        let Forward { rt, mut job, cut } = self;
         let ([batch, len, heads, dk], [.., dv]) = (job.q.shape(), job.v.shape());
         if batch * len * heads * dv == 0 {
-            return Ok(());
+            return;
         }
         if dk == 0 {
             each_row(job.v.shape()).for_each(|at| job.out.row_mut(at).fill(E::default()));
-            return Ok(());
-        }
-        if job.is_short() {
-            let bytes = job.bytes::<B>();
-            return rt.divide(job, bytes, &|job, cut| recurrent(b, job, cut));
+            return;
         }
         let bytes = job.bytes::<B>();
-        rt.divide(job, bytes, &|job, cut| chunked(b, job, cut))
+        if job.is_short() {
+            return rt.divide_in(job, cut, bytes, &|job, cut| recurrent(b, job, cut));
+        }
+        rt.divide_in(job, cut, bytes, &|job, cut| chunked(b, job, cut));
     }
 }
 
-/// Runs a checked call.
+/// Runs a checked call in the scratch of its [`Run`].
 pub(in crate::attention) fn run<E: Element>(
     rt: &Runtime,
     op: &LightningAttention,
     qkv: [View<'_, E, 4>; 3],
     out: ViewMut<'_, E, 4>,
     state: ViewMut<'_, f32, 4>,
-) -> Result<()> {
-    start(rt, op, qkv, out, state, None)
+    cut: Cut<'_>,
+) {
+    start(rt, op, qkv, out, state, None, cut);
 }
 
 /// Runs a checked call from the last token to the first, with `q`, `k` and `v` multiplied by `factors`:
@@ -315,8 +352,9 @@ pub(super) fn run_turned<E: Element>(
     factors: [f32; 3],
     out: ViewMut<'_, E, 4>,
     state: ViewMut<'_, f32, 4>,
-) -> Result<()> {
-    start(rt, op, qkv, out, state, Some(factors))
+    cut: Cut<'_>,
+) {
+    start(rt, op, qkv, out, state, Some(factors), cut);
 }
 
 fn start<E: Element>(
@@ -326,12 +364,14 @@ fn start<E: Element>(
     out: ViewMut<'_, E, 4>,
     state: ViewMut<'_, f32, 4>,
     turned: Option<[f32; 3]>,
-) -> Result<()> {
+    cut: Cut<'_>,
+) {
     let [batch, _, heads, _] = q.shape();
     let by_batch = heads < rt.threads() && heads < batch;
     let (tables, chunk) = (&op.tables, op.chunk);
     let scale = if turned.is_some() { 1.0 } else { op.scale };
-    rt.run(Forward { rt, job: Job { q, k, v, out, state, tables, chunk, scale, turned, by_batch } })
+    let job = Job { q, k, v, out, state, tables, chunk, scale, turned, by_batch };
+    rt.run(Forward { rt, job, cut });
 }
 
 /// Scratch of one part of a long call.

@@ -9,8 +9,9 @@
 //! ```
 
 use super::{LinearAttention, LinearState, OP, features};
-use crate::attention::lightning::backward::{gradients, transpose};
-use crate::attention::lightning::{LightningAttention, task::run as run_plain};
+use crate::attention::lightning::LightningAttention;
+use crate::attention::lightning::backward::{gradients, gradients_bytes, transpose};
+use crate::attention::lightning::task::{Run, run as run_plain};
 use crate::attention::{Gradients, Inputs};
 use crate::error::{Result, expect_shape};
 use crate::kernels::linear::backward::{Chain, Divide, Narrow, Stage, Widen};
@@ -122,7 +123,13 @@ impl Core {
             + 3 * bytes_of::<f32>(len_s)
             + bytes_of::<f32>(row_len)
             + bytes_of::<f32>(batch * heads * row_len);
-        rt.with_scratch(bytes, |mut cut| {
+        let plain = LightningAttention::plain(heads)?;
+        let run = Run { len: lk, dk: width, dv: wide, turned: false };
+        let runs = match self.causal {
+            true => gradients_bytes(rt, &plain, f.shape(), wide).max(run.scratch(rt, &plain)),
+            false => 0,
+        };
+        rt.with_scratch(bytes + runs, |mut cut| {
             let (out, dwide) = (cut.take::<f32>(len_q), cut.take::<f32>(len_q));
             let (vwide, dvwide) = (cut.take::<f32>(len_k), cut.take::<f32>(len_k));
             let [sums, start, dsums] = [(); 3].map(|()| cut.take::<f32>(len_s));
@@ -131,13 +138,12 @@ impl Core {
             start.copy_from_slice(sums);
             fill_state(dstate.as_deref(), rows, values, dsums);
             let vwide = View::new(&*vwide, given)?;
-            let plain = LightningAttention::plain(heads)?;
             if self.eps.is_some() {
                 // Numerators and denominators.
                 let out = ViewMut::new(&mut *out, asked)?;
                 let sums = ViewMut::new(&mut *sums, rows)?;
                 if self.causal {
-                    run_plain(rt, &plain, [f, g, vwide], out, sums)?;
+                    run_plain(rt, &plain, [f, g, vwide], out, sums, cut.reborrow());
                 } else {
                     self.sum(rt, [f, g, vwide], out, sums, &mut cut)?;
                 }
@@ -149,7 +155,7 @@ impl Core {
                 let start = View::new(&*start, rows)?;
                 let dsums = ViewMut::new(&mut *dsums, rows)?;
                 let inputs = [f, g, vwide, dwide];
-                gradients(rt, &plain, inputs, Some(start), [df, dg, dvalues], Some(dsums))?;
+                gradients(rt, &plain, inputs, Some(start), [df, dg, dvalues], Some(dsums), cut)?;
             } else {
                 let row = cut.take::<f32>(row_len);
                 let turned = |from: &[f32], to: &mut [f32], row: &mut [f32]| -> Result<()> {

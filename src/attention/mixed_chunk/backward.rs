@@ -82,8 +82,8 @@ impl MixedChunkAttention {
             expect_shape(OP, name, letters, [batch, len, width], to.shape())?;
         }
         check_bias_grads(OP, &extra.bias, &dbias)?;
-        dbias.clear();
         if batch == 0 || len == 0 {
+            dbias.clear();
             return Ok(());
         }
         let config = self.config;
@@ -341,6 +341,7 @@ impl<B: Backend, E: Element> Sequence<'_, '_, B, E> {
 /// All batch rows of a part.
 fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut cut: Cut<'_>) {
     let (sizes, config) = (job.sizes(), job.config);
+    job.dbias.clear();
     let MixedChunkConfig { act, causal, quad_scale: scale, .. } = config;
     let [q, l, k, g, v, dout, sum, dsum, part, values] = sizes.lens().map(|n| cut.take::<f32>(n));
     let products = cut.take::<u8>(sizes.products::<B>());

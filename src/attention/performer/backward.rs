@@ -86,7 +86,9 @@ impl PerformerAttention {
         let too_large = Error::Alloc { op: OP, bytes: usize::MAX };
         let (Some(len_q), Some(len_k)) = (len_q, len_k) else { return Err(too_large) };
         let bytes = 2 * (bytes_of::<f32>(len_q) + bytes_of::<f32>(len_k));
-        rt.with_scratch(bytes + peak::bytes(batch, heads), |mut cut| {
+        // All memory is had before the first gradient is written.
+        let chain = rt.threads() * bytes_of::<u8>(rt.run(ChainBytes(self.map(), q.shape()[3])));
+        rt.with_scratch(bytes + chain + peak::bytes(batch, heads), |mut cut| {
             let mut map = self.map();
             if self.is_whole() {
                 map.stabiliser = Stabiliser::Heads(peak::of(rt, map, k, &mut cut)?);
@@ -113,9 +115,11 @@ impl PerformerAttention {
             let dstate = dstate.map(|s| &mut s.sums);
             core.gradients(rt, features, [v, dout], state, gradients, dv, dstate)?;
             let dphi = View::new(&*df, of_q)?;
-            rt.run(Chain(rt, Back { map, side: Side::Query, x: q, dphi, dx: dq }))?;
+            let back = Back { map, side: Side::Query, x: q, dphi, dx: dq };
+            rt.run(Chain(rt, back, cut.reborrow()));
             let dphi = View::new(&*dg, of_k)?;
-            rt.run(Chain(rt, Back { map, side: Side::Key, x: k, dphi, dx: dk }))
+            rt.run(Chain(rt, Back { map, side: Side::Key, x: k, dphi, dx: dk }, cut));
+            Ok(())
         })?
     }
 }
@@ -208,14 +212,24 @@ impl<E: Element> Divide for Back<'_, E> {
     }
 }
 
-struct Chain<'r, 'a, E>(&'r Runtime, Back<'a, E>);
+/// Scratch of one part of a [`Chain`].
+struct ChainBytes<'a>(RandomFeatures<'a>, usize);
+
+impl Task for ChainBytes<'_> {
+    type Output = usize;
+    fn run<B: Backend>(self, _: B) -> usize {
+        FavorBackWork::<B>::bytes(&self.0, self.1)
+    }
+}
+
+struct Chain<'r, 'a, E>(&'r Runtime, Back<'a, E>, Cut<'a>);
 
 impl<E: Element> Task for Chain<'_, '_, E> {
-    type Output = Result<()>;
-    fn run<B: Backend>(self, b: B) -> Result<()> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
         let (map, dk) = (self.1.map, self.1.x.shape()[3]);
         let bytes = FavorBackWork::<B>::bytes(&map, dk);
-        self.0.divide(self.1, bytes, &|mut job: Back<'_, E>, mut cut: Cut<'_>| {
+        self.0.divide_in(self.1, self.2, bytes, &|mut job: Back<'_, E>, mut cut: Cut<'_>| {
             let mut work = FavorBackWork::new(b, &map, dk, &mut cut);
             each(job.x.shape(), |n, h, rows| {
                 b.call(FavorBackward {
@@ -228,6 +242,6 @@ impl<E: Element> Task for Chain<'_, '_, E> {
                     dx: job.dx.head_mut(n, h),
                 });
             });
-        })
+        });
     }
 }
