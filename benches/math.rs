@@ -137,7 +137,7 @@ fn vector_math(c: &mut Criterion) {
         rt.run(Bench(Tanh, &mut group));
         rt.run(Bench(Sigmoid, &mut group));
         rt.run(Bench(Silu, &mut group));
-        rt.run(Bench(Erf, &mut group));
+        rt.run(Bench(NormalCdf, &mut group));
         rt.run(Bench(Gelu, &mut group));
     }
     group.finish();
