@@ -38,13 +38,11 @@ impl Block {
     }
 }
 
-/// An empty vector with room for `len` elements.
-pub(crate) fn room<T>(op: &'static str, len: usize) -> Result<Vec<T>> {
+/// An empty vector with room for `len` elements, if there is memory for it.
+pub(crate) fn room<T>(len: usize) -> Option<Vec<T>> {
     let mut out = Vec::new();
-    match out.try_reserve_exact(len) {
-        Ok(()) => Ok(out),
-        Err(_) => Err(Error::Alloc { op, bytes: len.saturating_mul(size_of::<T>()) }),
-    }
+    out.try_reserve_exact(len).ok()?;
+    Some(out)
 }
 
 /// What is left of a block.

@@ -26,6 +26,6 @@ pub fn model(args: &Args, rt: &Runtime, name: &str) -> Result<Outcome> {
     extra.insert("parameters".into(), json!(parameters));
     extra.insert("gmacs".into(), json!(macs as f64 / 1e9));
     let tokens = Some(args.batch as f64);
-    let flops = 2.0 * (macs * args.batch) as f64;
+    let flops = 2.0 * macs as f64 * args.batch as f64;
     Ok(Outcome { times, flops, tokens, extra, ..Outcome::default() })
 }

@@ -3,7 +3,6 @@
 use super::header::{self, Entry, Header};
 use super::{TensorSource, missing, refuse};
 use crate::error::{Error, Result};
-use crate::scratch::room;
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -206,9 +205,14 @@ impl Shard {
 }
 
 fn buffer(bytes: usize) -> Result<Vec<u8>> {
-    let mut out = room("checkpoint", bytes)?;
-    out.resize(bytes, 0);
-    Ok(out)
+    let mut out = Vec::new();
+    match out.try_reserve_exact(bytes) {
+        Ok(()) => {
+            out.extend(std::iter::repeat_n(0, bytes));
+            Ok(out)
+        }
+        Err(_) => Err(Error::Alloc { op: "checkpoint", bytes }),
+    }
 }
 
 fn short(len: u64) -> Error {

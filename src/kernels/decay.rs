@@ -1,11 +1,8 @@
 //! Powers of a per-head decay `lambda = exp(-slope)`, formed in `f64` and rounded once.
 
-use crate::error::Result;
 use crate::scratch::room;
 use crate::simd::Lanes;
 use alloc::vec::Vec;
-
-const OP: &str = "decay";
 
 /// How a state forgets over a number of steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,22 +106,20 @@ pub struct DecayTable {
 }
 
 impl DecayTable {
-    /// Tables for one head. `slope` is not NaN and not negative, `most` not zero.
-    ///
-    /// # Errors
-    /// [`Error::Alloc`](crate::Error::Alloc) if memory cannot be had.
-    pub fn new(slope: f64, most: usize) -> Result<Self> {
+    /// Tables for one head, if there is memory for them. `slope` is not NaN and not negative, `most` not zero.
+    #[must_use]
+    pub fn new(slope: f64, most: usize) -> Option<Self> {
         let zeros = most + 2 * crate::simd::PANEL;
-        let (mut up, mut down) = (room(OP, most + 1)?, room(OP, most + 1 + zeros)?);
+        let (mut up, mut down) = (room(most + 1)?, room(most + 1 + zeros)?);
         up.extend((0..=most).map(|j| power(slope, j)));
         down.extend(up.iter().rev());
         down.resize(most + 1 + zeros, 0.0);
-        let mut forget = room(OP, most)?;
+        let mut forget = room(most)?;
         forget.extend((1..=most).map(|n| Forget::over(slope, n)));
         // An element that was 2^-100 or larger loses a factor 2^-8 in a period: between two flushes, a period and a
         // chunk apart, it stays normal, or else every chunk flushes.
         let period = 8.0 * core::f64::consts::LN_2 / slope;
-        Ok(Self { most, forget, period: (period as usize).clamp(1, 1 << 30), up, down })
+        Some(Self { most, forget, period: (period as usize).clamp(1, 1 << 30), up, down })
     }
 
     /// The powers of a recurrence that decays its state before it adds a token: `S <- lambda S + k v^T`, then

@@ -80,10 +80,13 @@ impl LightningAttention {
         if let Some(bad) = (0..heads).find_map(bad) {
             return Err(Error::value(OP, "slopes", "0 or positive", bad));
         }
-        let mut tables = room(OP, heads)?;
+        let most = chunk.unwrap_or(CHUNK);
+        // Each table has three numbers and a rule per row.
+        let failed = || Error::Alloc { op: OP, bytes: heads.saturating_mul(20 * most) };
+        let mut tables = room(heads).ok_or_else(failed)?;
         for h in 0..heads {
             // Zero without a sign.
-            tables.push(DecayTable::new(slope(h).abs(), chunk.unwrap_or(CHUNK))?);
+            tables.push(DecayTable::new(slope(h).abs(), most).ok_or_else(failed)?);
         }
         Ok(Self { tables, chunk, scale: 1.0 })
     }

@@ -50,7 +50,8 @@ pub fn orthogonal_projection(
     // The orthonormal rows of a block so far, and the one that is formed.
     let rows = features.min(dk);
     let len = rows * dk;
-    let mut room = room::<f64>("projection", len)?;
+    let failed = Error::Alloc { op: "projection", bytes: len.saturating_mul(8) };
+    let mut room = room::<f64>(len).ok_or(failed)?;
     room.resize(len, 0.0);
     let mut rng = Rng::new(seed);
     let mut normal = || f64::from(rng.normal());

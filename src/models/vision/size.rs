@@ -9,11 +9,16 @@ use crate::layers::vision::{Mechanism, Scope, VisionBlockConfig};
 #[derive(Clone, Copy, Debug, Default)]
 struct Cost {
     parameters: usize,
-    macs: usize,
+    /// Of a large image more than 32 bits count.
+    macs: u64,
+}
+
+fn product<const N: usize>(factors: [usize; N]) -> u64 {
+    factors.iter().map(|n| *n as u64).product()
 }
 
 impl Cost {
-    fn add(&mut self, parameters: usize, macs: usize) {
+    fn add(&mut self, parameters: usize, macs: u64) {
         self.parameters += parameters;
         self.macs += macs;
     }
@@ -21,13 +26,13 @@ impl Cost {
     /// A weight `[outputs, inputs]` with its bias on some tokens.
     fn linear(&mut self, tokens: usize, inputs: usize, outputs: usize, bias: bool) {
         let weight = inputs * outputs;
-        self.add(weight + usize::from(bias) * outputs, tokens * weight);
+        self.add(weight + usize::from(bias) * outputs, product([tokens, inputs, outputs]));
     }
 
     /// A depth-wise convolution of `dim` channels with `kernels` kernels.
     fn depthwise(&mut self, tokens: usize, dim: usize, kernels: usize, kernel: usize) {
         let area = kernel * kernel;
-        self.add(kernels * (area + 1), tokens * dim * area);
+        self.add(kernels * (area + 1), product([tokens, dim, area]));
     }
 }
 
@@ -50,7 +55,7 @@ impl VisionConfig {
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) for an impossible configuration.
-    pub fn macs(&self) -> Result<usize> {
+    pub fn macs(&self) -> Result<u64> {
         Ok(self.cost()?.macs)
     }
 
@@ -155,13 +160,13 @@ impl Mixer<'_> {
                 if lepe {
                     cost.depthwise(places, dim, dim, 3);
                 }
-                cost.add(0, 2 * windows * queries * keys * dim);
+                cost.add(0, product([2, windows, queries, keys, dim]));
             }
             Mechanism::Agent { agents } => {
                 let sides = h / ratio + w / ratio + h + w + 2 * class;
                 cost.add(heads * agents * (2 * 49 + sides), 0);
                 cost.depthwise(places, dim, dim, 3);
-                cost.add(0, 2 * windows * agents * (queries + keys) * dim);
+                cost.add(0, product([2, windows, agents, queries + keys, dim]));
             }
             Mechanism::Focused(config) => {
                 let inner = dim / heads.max(1);
@@ -169,7 +174,7 @@ impl Mixer<'_> {
                 if lepe {
                     cost.depthwise(places, dim, dim, 3);
                 }
-                cost.add(dim + keys * dim, windows * (queries + keys) * dim * inner);
+                cost.add(dim + keys * dim, product([windows, queries + keys, dim, inner]));
             }
         }
     }
