@@ -53,6 +53,10 @@ impl Coding for Bf16 {
         if lanes >= 16 { 8 } else { 4 }
     }
 
+    fn offset(_: &[f32]) -> f32 {
+        0.0
+    }
+
     #[inline(always)]
     fn unpack<L: Lanes>(l: L, words: &[f32], dst: &mut [f32]) {
         let (first, second) = dst.split_at_mut(PANEL);

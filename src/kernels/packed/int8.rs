@@ -2,9 +2,9 @@
 //! `s = max |w| / 127`.
 //!
 //! A unit holds the 32 scales of a block and then its rows by fours: byte `b` of a word is row `4 r + b`, as
-//! `q + 128`. Such a byte in the top of the mantissa of 256 makes the float `256 + (q + 128)`, exactly: a shift, a mask
-//! and a difference instead of a conversion, which not every vocabulary of vectors has. To take the difference once, of
-//! the sums, would save one step in five and cost three bits of every sum.
+//! `q + 128`. Such a byte in the top of the mantissa of 256 makes the float `256 + (q + 128)`, exactly: a shift
+//! and a mask instead of a conversion, which not every vocabulary of vectors has. What is too much, `384 sum x`
+//! per block, is known before the weights are read.
 
 use super::{Coding, Strip};
 use crate::simd::{Lanes, PANEL};
@@ -22,15 +22,15 @@ const EXCESS: f32 = 384.0;
 #[derive(Clone, Copy, Debug)]
 pub struct Int8;
 
-/// `q` of the four rows of a word.
+/// `q + 384` of the four rows of a word.
 #[inline(always)]
 fn four<L: Lanes>(l: L, words: L::F) -> [L::F; 4] {
     let bits = l.to_bits(words);
     let shifted = [l.shl_u::<15>(bits), l.shl_u::<7>(bits), l.shr_u::<1>(bits), l.shr_u::<9>(bits)];
-    let (byte, base, excess) = (l.splat_u(BYTE), l.splat_u(BASE), l.splat(EXCESS));
+    let (byte, base) = (l.splat_u(BYTE), l.splat_u(BASE));
     let mut out = [l.zero(); 4];
     for i in 0..4 {
-        out[i] = l.sub(l.from_bits(l.or_u(l.and_u(shifted[i], byte), base)), excess);
+        out[i] = l.from_bits(l.or_u(l.and_u(shifted[i], byte), base));
     }
     out
 }
@@ -75,6 +75,11 @@ impl Coding for Int8 {
         4
     }
 
+    fn offset(unit: &[f32]) -> f32 {
+        let sum: f64 = unit.iter().map(|x| f64::from(*x)).sum();
+        (f64::from(-EXCESS) * sum) as f32
+    }
+
     #[inline(always)]
     fn unpack<L: Lanes>(l: L, words: &[f32], dst: &mut [f32]) {
         let (scales, words) = words.split_at(PANEL);
@@ -82,7 +87,8 @@ impl Coding for Int8 {
             for at in (0..PANEL).step_by(L::N) {
                 let (scale, q) = (l.load(&scales[at..]), four(l, l.load(&words[at..])));
                 for (row, q) in dst.chunks_exact_mut(PANEL).zip(q) {
-                    l.store(&mut row[at..], l.mul(scale, q));
+                    let exact = l.sub(q, l.splat(EXCESS));
+                    l.store(&mut row[at..], l.mul(scale, exact));
                 }
             }
         }
@@ -98,10 +104,14 @@ impl Coding for Int8 {
         let units = groups.chunks_exact(step * (1 + BLOCK / 4));
         let left = strip.left.as_chunks::<4>().0.as_chunks::<M>().0;
         let left = left.as_chunks::<{ BLOCK / 4 }>().0;
+        let offsets = strip.offsets.as_chunks::<M>().0;
         let mut acc = [[l.zero(); W]; M];
-        for (unit, x) in units.zip(left) {
+        for ((unit, x), offsets) in units.zip(left).zip(offsets) {
             let mut low = [[l.zero(); W]; M];
             let mut high = [[l.zero(); W]; M];
+            for i in 0..M {
+                low[i] = [l.splat(offsets[i]); W];
+            }
             super::tile::ask(l, &unit[0], strip.ahead);
             for (words, x) in unit[step + strip.group..].iter().step_by(step).zip(x) {
                 super::tile::ask(l, words, strip.ahead);

@@ -47,6 +47,8 @@ pub trait Coding: Copy + Send + Sync + core::fmt::Debug + 'static {
     fn column(panel: &[u32], j: usize, out: &mut [f32]);
     /// Rows of a left operand that a tile takes at most with vectors of `lanes`.
     fn rows(lanes: usize) -> usize;
+    /// The summand that a unit of a left row brings along.
+    fn offset(unit: &[f32]) -> f32;
     /// Writes the rows of one unit (`[rows, PANEL]`, perhaps fewer than [`UNIT`](Self::UNIT)).
     fn unpack<L: Lanes>(l: L, words: &[f32], dst: &mut [f32]);
     /// `left * panel` for some vectors of its columns.
@@ -63,6 +65,8 @@ pub struct Strip<'a> {
     pub group: usize,
     /// `[k / STEP, M, STEP]`
     pub left: &'a [f32],
+    /// `[k / UNIT, M]`
+    pub offsets: &'a [f32],
     /// Bytes from a word to the one that is asked for meanwhile.
     pub ahead: usize,
 }

@@ -29,7 +29,7 @@ fn depth<C: Coding>(k: usize) -> usize {
 
 /// Scratch bytes of [`few`].
 pub(super) fn bytes<C: Coding>(m: usize, k: usize) -> usize {
-    bytes_of::<f32>(m * depth::<C>(k))
+    bytes_of::<f32>(m * depth::<C>(k)) + bytes_of::<f32>(m * k.div_ceil(C::UNIT))
 }
 
 /// Rows of the next tile.
@@ -40,12 +40,14 @@ fn height(rows: usize, most: usize) -> usize {
 /// Each panel against all rows while it is in the caches.
 pub(super) fn few<B: Backend, C: Coding>(b: B, p: Packed<'_, C>, scratch: &mut Cut<'_>) {
     let ([m, k], [_, n]) = (p.left.shape(), p.out.shape());
-    let (depth, most) = (depth::<C>(k), C::rows(B::L::N));
+    let (depth, units, most) = (depth::<C>(k), k.div_ceil(C::UNIT), C::rows(B::L::N));
     let left = scratch.take::<f32>(m * depth);
+    let offsets = scratch.take::<f32>(m * units);
     let mut i = 0;
     while i < m {
         let tall = height(m - i, most);
-        interleave::<C>(p.left.slice(0, i, i + tall), &mut left[i * depth..]);
+        let (left, offsets) = (&mut left[i * depth..], &mut offsets[i * units..]);
+        interleave::<C>(p.left.slice(0, i, i + tall), left, offsets);
         i += tall;
     }
     let mut store = Store { keep: p.keep, bias: p.bias, ..Store::new(p.out) };
@@ -58,6 +60,7 @@ pub(super) fn few<B: Backend, C: Coding>(b: B, p: Packed<'_, C>, scratch: &mut C
                 panel,
                 group: 0,
                 left: &left[i * depth..][..tall * depth],
+                offsets: &offsets[i * units..][..tall * units],
                 ahead: if i == 0 { AHEAD } else { 0 },
             };
             let store = &mut store;
@@ -74,10 +77,13 @@ pub(super) fn few<B: Backend, C: Coding>(b: B, p: Packed<'_, C>, scratch: &mut C
 }
 
 /// The rows of a tile in the order that it reads them: `[k / STEP, M, STEP]`, zeros behind.
-fn interleave<C: Coding>(rows: View<'_, f32, 2>, left: &mut [f32]) {
+fn interleave<C: Coding>(rows: View<'_, f32, 2>, left: &mut [f32], offsets: &mut [f32]) {
     let [m, k] = rows.shape();
     for i in 0..m {
         let row = rows.row([i, 0]);
+        for (p, unit) in row.chunks(C::UNIT).enumerate() {
+            offsets[p * m + i] = C::offset(unit);
+        }
         let to = left.chunks_exact_mut(C::STEP).skip(i).step_by(m);
         let mut parts = row.chunks(C::STEP);
         for to in to.take(depth::<C>(k) / C::STEP) {
