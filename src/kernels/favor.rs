@@ -11,13 +11,29 @@ use super::feature_map::{Features, MOST, Side};
 use super::gemm::rows;
 use super::softmax::row_max;
 use super::staging::{partial_dot, stage};
-use super::store::Store;
+use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Lanes, Product, Source, Term, Tiles, math};
+use crate::simd::{Backend, Isa, Kernel, Lanes, Product, Source, Term, Tiles, math};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Up to this many rows, the projection is read as it was packed once, by the engine for plain operands.
 const FEW: usize = 8;
+
+/// Without fused multiply-adds every term is rounded twice. Sums over so many inputs at a time halve the error of what
+/// becomes an exponent, whose absolute error is the relative one of a feature.
+const PART: usize = 32;
+
+/// How many inputs are summed at a time.
+fn part<B: Backend>(inputs: usize) -> usize {
+    let part = if matches!(B::ISA, Isa::Portable) { PART.min(inputs) } else { inputs };
+    part.max(1)
+}
+
+/// Elements of a projection in parts.
+fn right_len<B: Backend>(inputs: usize, features: usize) -> usize {
+    let part = part::<B>(inputs);
+    inputs.div_ceil(part) * B::S::right_len(part, features)
+}
 
 /// What follows the projection.
 #[derive(Clone, Copy, Debug)]
@@ -96,22 +112,28 @@ impl RandomFeatures<'_> {
         let (data, distance) = stage(b, src, [at, m], work.staged);
         let x = View::with_strides(data, [m, dk], [distance, 1]).expect("staged rows");
         let out = ViewMut::with_strides(dst, [m, n], [stride, 1]).expect("room for features");
-        let (mut store, left) = (Store::new(out), rows(x));
+        let mut store = Store::new(out);
         if m <= FEW {
-            let right = B::F::right(self.panels, dk);
-            let term = Term { left, right, k: dk };
-            let session = b.plain().session();
-            b.plain().product(b, &session, &product([m, n], term), &mut store);
-        } else {
-            let t = b.scores();
-            if !work.ready {
-                t.pack_right(b, Source::Columns(self.projection, dk), dk, n, work.right);
-                work.ready = true;
-            }
-            let left = t.pack_left(b, left, None, m, dk, work.left);
-            let term = Term { left, right: B::S::right(work.right, dk), k: dk };
-            t.product(b, &work.session, &product([m, n], term), &mut store);
+            let (left, right) = (rows(x), B::F::right(self.panels, dk));
+            let product = product([m, n], Term { left, right, k: dk });
+            b.plain().product(b, &b.plain().session(), &product, &mut store);
+            return (data, distance);
         }
+        let (t, part) = (b.scores(), part::<B>(dk));
+        let rights = work.right.chunks_exact_mut(B::S::right_len(part, n));
+        for (right, from) in rights.zip((0..dk).step_by(part)) {
+            let k = part.min(dk - from);
+            if !work.ready {
+                let columns = Source::Columns(&self.projection[from..], dk);
+                t.pack_right(b, columns, k, n, right);
+            }
+            let left = rows(x.slice(1, from, from + k));
+            let left = t.pack_left(b, left, None, m, k, work.left);
+            let term = Term { left, right: B::S::right(right, k), k };
+            t.product(b, &work.session, &product([m, n], term), &mut store);
+            store.keep = Keep::All;
+        }
+        work.ready = true;
         (data, distance)
     }
 }
@@ -128,14 +150,14 @@ impl Features for RandomFeatures<'_> {
     }
 
     fn bytes<B: Backend>(&self, inputs: usize) -> usize {
-        bytes_of::<ScoreElem<B>>(B::S::right_len(inputs, self.features))
+        bytes_of::<ScoreElem<B>>(right_len::<B>(inputs, self.features))
             + bytes_of::<ScoreElem<B>>(B::S::left_len(MOST, inputs))
             + bytes_of::<f32>(MOST * inputs)
     }
 
     fn work<'w, B: Backend>(&self, b: B, inputs: usize, cut: &mut Cut<'w>) -> FavorWork<'w, B> {
         FavorWork {
-            right: cut.take(B::S::right_len(inputs, self.features)),
+            right: cut.take(right_len::<B>(inputs, self.features)),
             ready: false,
             left: cut.take(B::S::left_len(MOST, inputs)),
             staged: cut.take(MOST * inputs),

@@ -26,6 +26,16 @@ pub trait Kernel<B: Backend> {
     fn run(self, b: B) -> Self::Output;
 }
 
+/// The function through which a kernel is entered on a backend. A method of kernels and not of backends, because the
+/// compiler divides its work by the types that methods belong to: as methods of a backend, all kernels would be one part.
+trait Enter<B: Backend>: Kernel<B> {
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// The machine has the instructions of the backend.
+    unsafe fn enter(self, b: B) -> Self::Output;
+}
+
 /// Work that spans many kernels and is generic over the backend: what the runtime dispatches.
 pub trait Task {
     /// What it returns.
@@ -98,9 +108,17 @@ impl Backend for Portable {
     fn convert(self) -> Self::C {
         Generic
     }
-    #[inline(never)]
+    #[inline(always)]
     fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
-        k.run(self)
+        // SAFETY: every machine has its own baseline.
+        unsafe { k.enter(self) }
+    }
+}
+
+impl<K: Kernel<Portable>> Enter<Portable> for K {
+    #[inline(never)]
+    unsafe fn enter(self, b: Portable) -> K::Output {
+        self.run(b)
     }
 }
 
@@ -125,11 +143,13 @@ macro_rules! pulp_backend {
                 // SAFETY: `available` checked CPUID and XCR0 for every feature of the token.
                 ready.then(|| Self(super::lanes_pulp::Pulp(unsafe { <$token>::new_unchecked() })))
             }
+        }
 
+        impl<K: Kernel<$name>> Enter<$name> for K {
             #[target_feature(enable = $features)]
             #[inline(never)]
-            fn enter<K: Kernel<Self>>(self, k: K) -> K::Output {
-                k.run(self)
+            unsafe fn enter(self, b: $name) -> K::Output {
+                self.run(b)
             }
         }
 
@@ -166,7 +186,7 @@ macro_rules! pulp_backend {
             #[inline(always)]
             fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
                 // SAFETY: a value of this type exists only if the machine has the features of `enter`.
-                unsafe { self.enter(k) }
+                unsafe { k.enter(self) }
             }
         }
     };
