@@ -13,26 +13,22 @@ use super::softmax::row_max;
 use super::staging::{partial_dot, stage};
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Isa, Kernel, Lanes, Product, Source, Term, Tiles, math};
+use crate::simd::{Backend, Kernel, Lanes, PANEL, Product, Source, Term, Tiles, math, right_len};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Up to this many rows, the projection is read as it was packed once, by the engine for plain operands.
 const FEW: usize = 8;
 
-/// Without fused multiply-adds every term is rounded twice. Sums over so many inputs at a time halve the error of what
-/// becomes an exponent, whose absolute error is the relative one of a feature.
+/// Products are summed over so many inputs at a time, which nearly halves the error of the exponents: an exponential
+/// turns absolute errors into relative ones.
 const PART: usize = 32;
 
-/// How many inputs are summed at a time.
-fn part<B: Backend>(inputs: usize) -> usize {
-    let part = if matches!(B::ISA, Isa::Portable) { PART.min(inputs) } else { inputs };
-    part.max(1)
-}
-
-/// Elements of a projection in parts.
-fn right_len<B: Backend>(inputs: usize, features: usize) -> usize {
-    let part = part::<B>(inputs);
-    inputs.div_ceil(part) * B::S::right_len(part, features)
+/// Where column `p` of row `r` of a projection `[m, dk]` stands in [`RandomFeatures::panels`].
+#[must_use]
+pub const fn panel_at([m, dk]: [usize; 2], r: usize, p: usize) -> usize {
+    let from = p - p % PART;
+    let part = if dk - from < PART { dk - from } else { PART };
+    right_len(from, m) + (r / PANEL * part + p % PART) * PANEL + r % PANEL
 }
 
 /// What follows the projection.
@@ -68,7 +64,7 @@ pub enum Stabiliser<'a> {
 pub struct RandomFeatures<'a> {
     /// `W`, row-major `[m, dk]`.
     pub projection: &'a [f32],
-    /// `W^T` in panels of `f32`.
+    /// `W^T` in panels of `f32`, at the places that [`panel_at`] states.
     pub panels: &'a [f32],
     /// `m`
     pub features: usize,
@@ -113,29 +109,35 @@ impl RandomFeatures<'_> {
         let x = View::with_strides(data, [m, dk], [distance, 1]).expect("staged rows");
         let out = ViewMut::with_strides(dst, [m, n], [stride, 1]).expect("room for features");
         let mut store = Store::new(out);
-        if m <= FEW {
-            let (left, right) = (rows(x), B::F::right(self.panels, dk));
-            let product = product([m, n], Term { left, right, k: dk });
-            b.plain().product(b, &b.plain().session(), &product, &mut store);
-            return (data, distance);
-        }
-        let (t, part) = (b.scores(), part::<B>(dk));
-        let rights = work.right.chunks_exact_mut(B::S::right_len(part, n));
-        for (right, from) in rights.zip((0..dk).step_by(part)) {
-            let k = part.min(dk - from);
-            if !work.ready {
-                let columns = Source::Columns(&self.projection[from..], dk);
-                t.pack_right(b, columns, k, n, right);
-            }
+        for (part, from) in (0..dk).step_by(PART).enumerate() {
+            let k = PART.min(dk - from);
             let left = rows(x.slice(1, from, from + k));
-            let left = t.pack_left(b, left, None, m, k, work.left);
-            let term = Term { left, right: B::S::right(right, k), k };
-            t.product(b, &work.session, &product([m, n], term), &mut store);
+            if m <= FEW {
+                let right = B::F::right(&self.panels[right_len(from, n)..], k);
+                let session = b.plain().session();
+                let product = product([m, n], Term { left, right, k });
+                b.plain().product(b, &session, &product, &mut store);
+            } else {
+                let (t, len) = (b.scores(), B::S::right_len(PART, n));
+                let right = &mut work.right[part * len..][..len];
+                if !work.ready {
+                    let columns = Source::Columns(&self.projection[from..], dk);
+                    t.pack_right(b, columns, k, n, right);
+                }
+                let left = t.pack_left(b, left, None, m, k, work.left);
+                let term = Term { left, right: B::S::right(right, k), k };
+                t.product(b, &work.session, &product([m, n], term), &mut store);
+            }
             store.keep = Keep::All;
         }
-        work.ready = true;
+        work.ready |= m > FEW;
         (data, distance)
     }
+}
+
+/// Elements of a projection in parts.
+fn right_room<B: Backend>(inputs: usize, features: usize) -> usize {
+    inputs.div_ceil(PART) * B::S::right_len(PART, features)
 }
 
 fn product<E>([m, n]: [usize; 2], term: Term<'_, E>) -> Product<'_, E> {
@@ -150,16 +152,16 @@ impl Features for RandomFeatures<'_> {
     }
 
     fn bytes<B: Backend>(&self, inputs: usize) -> usize {
-        bytes_of::<ScoreElem<B>>(right_len::<B>(inputs, self.features))
-            + bytes_of::<ScoreElem<B>>(B::S::left_len(MOST, inputs))
+        bytes_of::<ScoreElem<B>>(right_room::<B>(inputs, self.features))
+            + bytes_of::<ScoreElem<B>>(B::S::left_len(MOST, PART))
             + bytes_of::<f32>(MOST * inputs)
     }
 
     fn work<'w, B: Backend>(&self, b: B, inputs: usize, cut: &mut Cut<'w>) -> FavorWork<'w, B> {
         FavorWork {
-            right: cut.take(right_len::<B>(inputs, self.features)),
+            right: cut.take(right_room::<B>(inputs, self.features)),
             ready: false,
-            left: cut.take(B::S::left_len(MOST, inputs)),
+            left: cut.take(B::S::left_len(MOST, PART)),
             staged: cut.take(MOST * inputs),
             session: b.scores().session(),
         }

@@ -36,10 +36,10 @@ impl<'a> Store<'a> {
         Self { out, keep: Keep::Nothing, alpha: 1.0, bias: None, scale: None }
     }
 
-    /// Whether there is nothing to do but to write the product.
+    /// Whether there is nothing to do but to write the product, or to add it.
     #[inline(always)]
     fn is_plain(&self) -> bool {
-        matches!(self.keep, Keep::Nothing)
+        matches!(self.keep, Keep::Nothing | Keep::All)
             && self.alpha == 1.0
             && self.bias.is_none()
             && self.scale.is_none()
@@ -57,10 +57,15 @@ impl<L: Lanes> Sink<L> for Store<'_> {
         acc: &[[L::F; V]; M],
     ) {
         if width == V * L::N && self.is_plain() {
+            let add = matches!(self.keep, Keep::All);
             each_row!(r < M => {
                 let (row, _) = l.split_mut(&mut self.out.row_mut([i + r, 0])[j..j + V * L::N]);
                 let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-                *row = acc[r];
+                if add {
+                    each_row!(v < V => row[v] = l.add(row[v], acc[r][v]));
+                } else {
+                    *row = acc[r];
+                }
             });
         } else {
             // A copy, so that the accumulators themselves are never indexed by a variable.
