@@ -13,7 +13,7 @@ use super::softmax::row_max;
 use super::staging::{partial_dot, stage};
 use super::store::{Keep, Store};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Lanes, PANEL, Product, Source, Term, Tiles, math, right_len};
+use crate::simd::{Backend, Kernel, Lanes, Product, Source, Term, Tiles, math};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Up to this many rows, the projection is read as it was packed once, by the engine for plain operands.
@@ -22,14 +22,6 @@ const FEW: usize = 8;
 /// Products are summed over so many inputs at a time, which nearly halves the error of the exponents: an exponential
 /// turns absolute errors into relative ones.
 const PART: usize = 32;
-
-/// Where column `p` of row `r` of a projection `[m, dk]` stands in [`RandomFeatures::panels`].
-#[must_use]
-pub const fn panel_at([m, dk]: [usize; 2], r: usize, p: usize) -> usize {
-    let from = p - p % PART;
-    let part = if dk - from < PART { dk - from } else { PART };
-    right_len(from, m) + (r / PANEL * part + p % PART) * PANEL + r % PANEL
-}
 
 /// What follows the projection.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +56,7 @@ pub enum Stabiliser<'a> {
 pub struct RandomFeatures<'a> {
     /// `W`, row-major `[m, dk]`.
     pub projection: &'a [f32],
-    /// `W^T` in panels of `f32`, at the places that [`panel_at`] states.
+    /// `W^T` in panels of `f32`.
     pub panels: &'a [f32],
     /// `m`
     pub features: usize,
@@ -108,36 +100,28 @@ impl RandomFeatures<'_> {
         let (data, distance) = stage(b, src, [at, m], work.staged);
         let x = View::with_strides(data, [m, dk], [distance, 1]).expect("staged rows");
         let out = ViewMut::with_strides(dst, [m, n], [stride, 1]).expect("room for features");
-        let mut store = Store::new(out);
-        for (part, from) in (0..dk).step_by(PART).enumerate() {
+        let (t, mut store) = (b.scores(), Store::new(out));
+        if m > FEW && !work.ready {
+            t.pack_right(b, Source::Columns(self.projection, dk), dk, n, work.right);
+            work.ready = true;
+        }
+        for from in (0..dk).step_by(PART) {
             let k = PART.min(dk - from);
             let left = rows(x.slice(1, from, from + k));
             if m <= FEW {
-                let right = B::F::right(&self.panels[right_len(from, n)..], k);
+                let right = B::F::right(self.panels, dk).rows(from);
                 let session = b.plain().session();
                 let product = product([m, n], Term { left, right, k });
                 b.plain().product(b, &session, &product, &mut store);
             } else {
-                let (t, len) = (b.scores(), B::S::right_len(PART, n));
-                let right = &mut work.right[part * len..][..len];
-                if !work.ready {
-                    let columns = Source::Columns(&self.projection[from..], dk);
-                    t.pack_right(b, columns, k, n, right);
-                }
                 let left = t.pack_left(b, left, None, m, k, work.left);
-                let term = Term { left, right: B::S::right(right, k), k };
-                t.product(b, &work.session, &product([m, n], term), &mut store);
+                let right = B::S::right(work.right, dk).rows(from);
+                t.product(b, &work.session, &product([m, n], Term { left, right, k }), &mut store);
             }
             store.keep = Keep::All;
         }
-        work.ready |= m > FEW;
         (data, distance)
     }
-}
-
-/// Elements of a projection in parts.
-fn right_room<B: Backend>(inputs: usize, features: usize) -> usize {
-    inputs.div_ceil(PART) * B::S::right_len(PART, features)
 }
 
 fn product<E>([m, n]: [usize; 2], term: Term<'_, E>) -> Product<'_, E> {
@@ -152,14 +136,14 @@ impl Features for RandomFeatures<'_> {
     }
 
     fn bytes<B: Backend>(&self, inputs: usize) -> usize {
-        bytes_of::<ScoreElem<B>>(right_room::<B>(inputs, self.features))
+        bytes_of::<ScoreElem<B>>(B::S::right_len(inputs, self.features))
             + bytes_of::<ScoreElem<B>>(B::S::left_len(MOST, PART))
             + bytes_of::<f32>(MOST * inputs)
     }
 
     fn work<'w, B: Backend>(&self, b: B, inputs: usize, cut: &mut Cut<'w>) -> FavorWork<'w, B> {
         FavorWork {
-            right: cut.take(right_room::<B>(inputs, self.features)),
+            right: cut.take(B::S::right_len(inputs, self.features)),
             ready: false,
             left: cut.take(B::S::left_len(MOST, PART)),
             staged: cut.take(MOST * inputs),

@@ -55,7 +55,7 @@ pub struct Right<'a, E> {
 }
 
 impl<'a, E> Right<'a, E> {
-    /// The rows from `p` on; in a packed operand, `p` is a multiple of [`Tiles::DEPTH`].
+    /// The rows from `p` on; in a packed operand, `p` is a multiple of 32, whole steps of every engine.
     #[must_use]
     pub fn rows(self, p: usize) -> Self {
         Self { data: self.data.get(p * self.stride..).unwrap_or(&[]), ..self }

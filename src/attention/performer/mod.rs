@@ -11,10 +11,10 @@ pub use state::PerformerState;
 
 use super::linear::task;
 use crate::error::{Error, Result, expect_shape};
-use crate::kernels::favor::{Favor, RandomFeatures, Stabiliser as Lowered, panel_at};
+use crate::kernels::favor::{Favor, RandomFeatures, Stabiliser as Lowered};
 use crate::kernels::linear::Form;
 use crate::runtime::Runtime;
-use crate::simd::right_len;
+use crate::simd::{PANEL, right_len};
 use crate::tensor::{Element, Tensor, View, ViewMut};
 
 const OP: &str = "performer attention";
@@ -160,7 +160,7 @@ impl PerformerAttention {
         for (r, row) in own.as_mut_slice().chunks_exact_mut(dk).enumerate() {
             for (p, (to, x)) in row.iter_mut().zip(projection.row([r, 0])).enumerate() {
                 *to = (f64::from(*x) * scale) as f32;
-                panels.as_mut_slice()[panel_at([m, dk], r, p)] = *to;
+                panels.as_mut_slice()[(r / PANEL * dk + p) * PANEL + r % PANEL] = *to;
             }
         }
         Ok(Self { config, projection: own, panels })
