@@ -94,10 +94,12 @@ unsafe fn steps<L: Lanes, const M: usize, const W: usize>(
     s: Strip,
     mut acc: [[L::F; W]; M],
 ) -> [[L::F; W]; M] {
-    // Steps that share their addresses but for a constant.
+    // Steps that share their addresses but for a constant. Not in tiles that fill the registers: the compiler moves loads
+    // of several steps to the front, and sums to the stack to make room for them.
     const UNROLL: usize = 4;
+    const MOST_SUMS: usize = 12;
     let mut p = 0;
-    while p + UNROLL <= s.k {
+    while M * W <= MOST_SUMS && p + UNROLL <= s.k {
         for u in 0..UNROLL {
             // SAFETY: p + u < k.
             unsafe { step::<L, M, W>(l, s, p + u, &mut acc) };
