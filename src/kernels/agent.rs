@@ -433,16 +433,20 @@ fn add_transposed<L: Lanes>(
     for i in (0..n).step_by(L::N) {
         for j in (0..m).step_by(L::N) {
             let end = m.min(j + L::N);
-            let read = |r: usize| match i + r < n {
-                true => l.load_head(&bias.row([i + r, 0])[first + j..first + end]),
-                false => l.zero(),
-            };
-            l.transpose(read, |c, x| {
-                if j + c < end {
-                    let row = &mut scores[(j + c) * stride + i..];
-                    l.store(row, l.add(l.load(row), x));
-                }
-            });
+            l.transpose(
+                #[inline(always)]
+                |r| match i + r < n {
+                    true => l.load_head(&bias.row([i + r, 0])[first + j..first + end]),
+                    false => l.zero(),
+                },
+                #[inline(always)]
+                |c, x| {
+                    if j + c < end {
+                        let row = &mut scores[(j + c) * stride + i..];
+                        l.store(row, l.add(l.load(row), x));
+                    }
+                },
+            );
         }
     }
 }

@@ -148,9 +148,6 @@ impl Tokens<'_> {
     #[inline(always)]
     fn focus<L: Lanes>(&mut self, l: L, f: Focus<'_>, power: impl Power) {
         let (zero, eps) = (l.zero(), l.splat(f.eps));
-        // Not a maximum, which might lose NaN.
-        let start =
-            |x: L::F, inverse: L::F| l.mul(l.add(l.select(l.lt(x, zero), zero, x), eps), inverse);
         let mut parts = [zero; WIDEST];
         for r in 0..self.count {
             let row = self.row(r);
@@ -158,10 +155,10 @@ impl Tokens<'_> {
             let (full, tail) = l.split_mut(row);
             let mut most = zero;
             for (x, inverse) in full.iter_mut().zip(inverse) {
-                *x = start(*x, *inverse);
+                *x = start(l, *x, eps, *inverse);
                 most = l.max(most, *x);
             }
-            let last = start(l.load_head(tail), l.load_head(inverse_tail));
+            let last = start(l, l.load_head(tail), eps, l.load_head(inverse_tail));
             l.store_head(tail, last);
             // Read back: zeros stand behind the end.
             parts[r] = l.max(most, l.load_head(tail));
@@ -172,22 +169,15 @@ impl Tokens<'_> {
         let (mut squares, mut powers) = ([zero; WIDEST], [zero; WIDEST]);
         for r in 0..self.count {
             let down = l.splat(down[r]);
-            let (mut square, mut sum) = (zero, zero);
-            let mut next = |x: L::F| {
-                let x = l.mul(x, down);
-                let y = l.flush(power.of(l, x));
-                square = l.mul_add(x, x, square);
-                sum = l.mul_add(y, y, sum);
-                y
-            };
+            let mut lengths = (zero, zero);
             let (full, tail) = l.split_mut(self.row(r));
             for x in full {
-                *x = next(*x);
+                *x = raise(l, l.mul(*x, down), power, &mut lengths);
             }
             // Behind the end of the row stand zeros, and so they do after this.
-            let last = next(l.load_head(tail));
+            let last = raise(l, l.mul(l.load_head(tail), down), power, &mut lengths);
             l.store_head(tail, last);
-            (squares[r], powers[r]) = (square, sum);
+            (squares[r], powers[r]) = lengths;
         }
         let ratio = l.div(sums(l, &squares), sums(l, &powers));
         let mut factors = [0.0; WIDEST];
@@ -196,6 +186,22 @@ impl Tokens<'_> {
             scale_row(l, self.row(r), factors[r]);
         }
     }
+}
+
+/// `(relu(x) + eps) * inverse`
+#[inline(always)]
+fn start<L: Lanes>(l: L, x: L::F, eps: L::F, inverse: L::F) -> L::F {
+    // Not a maximum, which might lose NaN.
+    l.mul(l.add(l.select(l.lt(x, l.zero()), l.zero(), x), eps), inverse)
+}
+
+/// `x^p`, whose square is added to the second of the sums, that of `x` to the first.
+#[inline(always)]
+fn raise<L: Lanes>(l: L, x: L::F, power: impl Power, (square, sum): &mut (L::F, L::F)) -> L::F {
+    let y = l.flush(power.of(l, x));
+    *square = l.mul_add(x, x, *square);
+    *sum = l.mul_add(y, y, *sum);
+    y
 }
 
 /// `to = from`, rounded; the elements of one of the two are `f32`.

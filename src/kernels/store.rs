@@ -86,7 +86,14 @@ impl<L: Lanes> Sink<L> for Store<'_> {
                 let at = v * L::N;
                 let bias = bias.map(|b| l.load(&b[at..]));
                 let new = finish(l, *acc, self.alpha, bias, scale);
-                let new = keep(l, self.keep, i, new, |l| l.load(&out[at..]));
+                let new = keep(
+                    l,
+                    self.keep,
+                    i,
+                    new,
+                    #[inline(always)]
+                    |l| l.load(&out[at..]),
+                );
                 l.store(&mut out[at..], new);
             }
         } else {
@@ -94,7 +101,14 @@ impl<L: Lanes> Sink<L> for Store<'_> {
                 let at = (v * L::N).min(width);
                 let bias = bias.map(|b| l.load_head(&b[at..]));
                 let new = finish(l, *acc, self.alpha, bias, scale);
-                let new = keep(l, self.keep, i, new, |l| l.load_head(&out[at..]));
+                let new = keep(
+                    l,
+                    self.keep,
+                    i,
+                    new,
+                    #[inline(always)]
+                    |l| l.load_head(&out[at..]),
+                );
                 l.store_head(&mut out[at..], new);
             }
         }

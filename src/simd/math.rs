@@ -93,9 +93,10 @@ pub fn exp_nonpositive<L: Lanes>(l: L, x: L::F) -> L::F {
     let r = exp_rest(l, x, l.sub(k, l.splat(ROUND + BIAS)));
     let power = l.from_bits(l.shl_u::<23>(l.to_bits(k)));
     // Two halves of the polynomial at a time: half of the latency.
-    let ([a, b, c, d, e], r2) = (EXP.map(|c| l.splat(c)), l.mul(r, r));
-    let high = l.mul_add(a, r2, l.mul_add(b, r, c));
-    let less_1 = l.mul_add(l.mul_add(high, r2, l.mul_add(d, r, e)), r2, r);
+    let ([a, b, c, d, e], r2) = (EXP, l.mul(r, r));
+    let high = l.mul_add(l.splat(a), r2, l.mul_add(l.splat(b), r, l.splat(c)));
+    let low = l.mul_add(l.splat(d), r, l.splat(e));
+    let less_1 = l.mul_add(l.mul_add(high, r2, low), r2, r);
     // A product, not a sum of exponents, so that a NaN stays one.
     l.mul_add(less_1, power, power)
 }

@@ -74,28 +74,29 @@ pub(super) fn pack_columns<B: Backend, E: Storage>(
                 Some(src) if depth == lanes && j + lanes <= n => {
                     let src = &src[j * stride + p..];
                     l.transpose(
+                        #[inline(always)]
                         |c| l.load(&src[c * stride..]),
+                        #[inline(always)]
                         |r, x| l.store(&mut dst[r * PANEL..], x),
                     );
                 }
-                _ => {
-                    let column = |c: usize| {
+                _ => l.transpose(
+                    #[inline(always)]
+                    |c| {
                         let mut x = [0.0; MAX_LANES];
                         if j + c < n {
-                            E::widen(
-                                b.convert(),
-                                &src[(j + c) * stride + p..][..depth],
-                                &mut x[..depth],
-                            );
+                            let from = &src[(j + c) * stride + p..][..depth];
+                            E::widen(b.convert(), from, &mut x[..depth]);
                         }
                         l.load(&x)
-                    };
-                    l.transpose(column, |r, x| {
+                    },
+                    #[inline(always)]
+                    |r, x| {
                         if r < depth {
                             l.store(&mut dst[r * PANEL..], x);
                         }
-                    });
-                }
+                    },
+                ),
             }
         }
     }
@@ -141,23 +142,27 @@ pub(super) fn turn<B: Backend, E: Storage>(
         let depth = lanes.min(k - p);
         for i in (0..m).step_by(lanes) {
             let width = lanes.min(m - i);
-            let column = |c: usize| {
-                let mut x = [0.0; MAX_LANES];
-                if c < depth {
-                    let from = &src[(p + c) * step + i..][..width];
-                    match E::as_f32(from) {
-                        Some(from) if width == lanes => return l.load(from),
-                        _ => E::widen(b.convert(), from, &mut x[..width]),
-                    }
-                }
-                l.load(&x)
-            };
             let dst = &mut dst[i * stride + p..];
-            l.transpose(column, |r, x| {
-                if r < width {
-                    l.store_head(&mut dst[r * stride..][..depth], x);
-                }
-            });
+            l.transpose(
+                #[inline(always)]
+                |c| {
+                    let mut x = [0.0; MAX_LANES];
+                    if c < depth {
+                        let from = &src[(p + c) * step + i..][..width];
+                        match E::as_f32(from) {
+                            Some(from) if width == lanes => return l.load(from),
+                            _ => E::widen(b.convert(), from, &mut x[..width]),
+                        }
+                    }
+                    l.load(&x)
+                },
+                #[inline(always)]
+                |r, x| {
+                    if r < width {
+                        l.store_head(&mut dst[r * stride..][..depth], x);
+                    }
+                },
+            );
         }
     }
 }

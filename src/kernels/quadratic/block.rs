@@ -196,7 +196,11 @@ fn finite_before<B: Backend, K: Element>(b: B, v: View<'_, K, 2>) -> usize {
     if finite_rows(b, v, [0, n]) {
         return n;
     }
-    (0..n).find(|j| !finite_rows(b, v, [*j, 1])).unwrap_or(n)
+    let mut j = 0;
+    while j < n && finite_rows(b, v, [j, 1]) {
+        j += 1;
+    }
+    j
 }
 
 /// Sums on their way to an output of any element type.
