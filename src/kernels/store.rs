@@ -44,6 +44,40 @@ impl<'a> Store<'a> {
             && self.bias.is_none()
             && self.scale.is_none()
     }
+
+    /// The columns `from .. to` of row `i`: a vector, a whole one or its head.
+    #[inline(always)]
+    fn piece<L: Lanes, const WHOLE: bool>(
+        &mut self,
+        l: L,
+        i: usize,
+        [from, to]: [usize; 2],
+        acc: L::F,
+    ) {
+        let out = &mut self.out.row_mut([i, 0])[from..to];
+        let mut x = l.mul(acc, l.splat(self.alpha));
+        if let Some(bias) = self.bias {
+            x = l.add(x, load::<L, WHOLE>(l, &bias[from..to]));
+        }
+        if let Some(scale) = self.scale {
+            x = l.mul(x, l.splat(scale[i]));
+        }
+        x = match self.keep {
+            Keep::Nothing => x,
+            Keep::All => l.add(load::<L, WHOLE>(l, out), x),
+            Keep::Rows(factor) => l.mul_add(load::<L, WHOLE>(l, out), l.splat(factor[i]), x),
+        };
+        if WHOLE {
+            l.store(out, x);
+        } else {
+            l.store_head(out, x);
+        }
+    }
+}
+
+#[inline(always)]
+fn load<L: Lanes, const WHOLE: bool>(l: L, s: &[f32]) -> L::F {
+    if WHOLE { l.load(s) } else { l.load_head(s) }
 }
 
 impl<L: Lanes> Sink<L> for Store<'_> {
@@ -78,61 +112,15 @@ impl<L: Lanes> Sink<L> for Store<'_> {
 
     #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        let out = &mut self.out.row_mut([i, 0])[j..j + width];
-        let scale = self.scale.map(|s| s[i]);
-        let bias = self.bias.map(|b| &b[j..j + width]);
-        if width == V * L::N {
-            for (v, acc) in acc.iter().enumerate() {
-                let at = v * L::N;
-                let bias = bias.map(|b| l.load(&b[at..]));
-                let new = finish(l, *acc, self.alpha, bias, scale);
-                let new = keep(
-                    l,
-                    self.keep,
-                    i,
-                    new,
-                    #[inline(always)]
-                    |l| l.load(&out[at..]),
-                );
-                l.store(&mut out[at..], new);
-            }
-        } else {
-            for (v, acc) in acc.iter().enumerate() {
-                let at = (v * L::N).min(width);
-                let bias = bias.map(|b| l.load_head(&b[at..]));
-                let new = finish(l, *acc, self.alpha, bias, scale);
-                let new = keep(
-                    l,
-                    self.keep,
-                    i,
-                    new,
-                    #[inline(always)]
-                    |l| l.load_head(&out[at..]),
-                );
-                l.store_head(&mut out[at..], new);
+        let end = j + width;
+        for (v, acc) in acc.iter().enumerate() {
+            let from = (j + v * L::N).min(end);
+            if width == V * L::N {
+                self.piece::<L, true>(l, i, [from, from + L::N], *acc);
+            } else {
+                self.piece::<L, false>(l, i, [from, end.min(from + L::N)], *acc);
             }
         }
-    }
-}
-
-#[inline(always)]
-fn finish<L: Lanes>(l: L, acc: L::F, alpha: f32, bias: Option<L::F>, scale: Option<f32>) -> L::F {
-    let mut x = l.mul(acc, l.splat(alpha));
-    if let Some(b) = bias {
-        x = l.add(x, b);
-    }
-    if let Some(s) = scale {
-        x = l.mul(x, l.splat(s));
-    }
-    x
-}
-
-#[inline(always)]
-fn keep<L: Lanes>(l: L, keep: Keep<'_>, i: usize, new: L::F, old: impl FnOnce(L) -> L::F) -> L::F {
-    match keep {
-        Keep::Nothing => new,
-        Keep::All => l.add(old(l), new),
-        Keep::Rows(factor) => l.mul_add(old(l), l.splat(factor[i]), new),
     }
 }
 

@@ -13,6 +13,12 @@ pub trait Shuffle: Simd {
     fn transpose(self, read: impl FnMut(usize) -> Self::f32s, write: impl FnMut(usize, Self::f32s));
     /// As [`Lanes::prefetch`].
     fn prefetch(self, address: usize);
+    /// `a` where `|a| < least` is false, which a NaN is, and `+0` elsewhere.
+    #[inline(always)]
+    fn flush(self, a: Self::f32s, least: f32) -> Self::f32s {
+        let tiny = self.less_than_f32s(self.abs_f32s(a), self.splat_f32s(least));
+        self.select_f32s(tiny, self.splat_f32s(0.0), a)
+    }
 }
 
 impl<S: Shuffle> Pulp<S> {
@@ -195,13 +201,17 @@ impl<S: Shuffle> Lanes for Pulp<S> {
     fn prefetch(self, address: usize) {
         self.0.prefetch(address);
     }
+    #[inline(always)]
+    fn flush(self, a: S::f32s) -> S::f32s {
+        self.0.flush(a, super::TINY)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Shuffle;
     use bytemuck::cast;
-    use core::arch::x86_64::{__m256, __m512, _MM_HINT_T1, _mm_prefetch};
+    use core::arch::x86_64::{__m256, __m512, _CMP_NLT_UQ, _MM_HINT_T1, _mm_prefetch};
     use pulp::x86::{V3, V4};
 
     #[inline(always)]
@@ -247,6 +257,14 @@ mod x86 {
                 write(8 + c, cast(f._mm512_shuffle_f32x4::<0xdd>(a, d)));
                 write(12 + c, cast(f._mm512_shuffle_f32x4::<0xdd>(b, e)));
             }
+        }
+        // The compiler would invert the flags of a comparison for "less".
+        #[inline(always)]
+        fn flush(self, a: Self::f32s, least: f32) -> Self::f32s {
+            let f = self.avx512f;
+            let size = f._mm512_abs_ps(cast(a));
+            let keep = f._mm512_cmp_ps_mask::<_CMP_NLT_UQ>(size, f._mm512_set1_ps(least));
+            cast(f._mm512_maskz_mov_ps(keep, cast(a)))
         }
         #[inline(always)]
         fn prefetch(self, address: usize) {
