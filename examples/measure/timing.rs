@@ -3,8 +3,8 @@
 use crate::Args;
 use linattn::Runtime;
 use linattn::simd::{Backend, Kernel, Lanes, Task};
-use std::cell::RefCell;
 use std::hint::black_box;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Restricts a single-threaded run to one core, as the peers do.
@@ -21,12 +21,12 @@ pub fn pin(threads: usize, core: i32) {
 
 /// Ceilings seen between repetitions: clocks change with the instructions that ran just before.
 #[derive(Clone, Debug, Default)]
-pub struct Calibration(RefCell<Vec<f64>>);
+pub struct Calibration(Arc<Mutex<Vec<f64>>>);
 
 impl Calibration {
     /// The median rate of multiply-adds from registers.
     pub fn fma_gflops(&self) -> f64 {
-        let mut rates = self.0.borrow().clone();
+        let mut rates = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         rates.sort_by(f64::total_cmp);
         rates.get(rates.len() / 2).copied().unwrap_or(0.0)
     }
@@ -47,7 +47,8 @@ pub fn measure(args: &Args, rt: &Runtime, mut call: impl FnMut()) -> Vec<f64> {
                 call();
             }
             let seconds = start.elapsed().as_secs_f64() / calls as f64;
-            args.calibration.0.borrow_mut().push(rt.run(Peak));
+            let rate = rt.run(Peak);
+            args.calibration.0.lock().unwrap_or_else(PoisonError::into_inner).push(rate);
             seconds
         })
         .collect()

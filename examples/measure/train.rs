@@ -19,9 +19,14 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Forward, backward and AdamW of the model that the example `train` makes of the same sizes: four blocks of width `--d`,
 /// `--batch` sequences of `--n` bytes.
 pub fn step(args: &Args, rt: &Runtime) -> Result<Outcome> {
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
+    // On a thread of the pool, as `train` does it.
+    Ok(rayon::scope(|_| inside(args, rt).map_err(|e| e.to_string()))?)
+}
+
+fn inside(args: &Args, rt: &Runtime) -> Result<Outcome> {
     const LAYERS: usize = 4;
     let Args { batch, n, heads, d, .. } = *args;
-    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
     let own = Arc::new(Runtime::builder().threads(args.threads).isa(rt.isa()).build()?);
     let (vars, ffn) = (VarMap::new(), args.ffn.unwrap_or((d * 8 / 3).next_multiple_of(32)));
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);

@@ -110,7 +110,8 @@ pub enum Arch {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    match pool(args.threads).and_then(|()| inside(|| run(&args))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{e}");
@@ -154,10 +155,17 @@ impl Args {
     }
 }
 
+fn pool(threads: Option<usize>) -> Result<()> {
+    let n = threads.unwrap_or(0);
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?)
+}
+
+/// Runs `work` on a thread of the pool: a step is hundreds of short operations, which would be handed over one by one.
+fn inside(work: impl Fn() -> Result<()> + Sync) -> Result<()> {
+    Ok(rayon::scope(|_| work().map_err(|e| e.to_string()))?)
+}
+
 fn run(args: &Args) -> Result<()> {
-    if let Some(n) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?;
-    }
     let rt = Arc::new(Runtime::new()?);
     let config = args.config();
     let vars = VarMap::new();
