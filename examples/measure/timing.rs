@@ -4,7 +4,7 @@ use crate::Args;
 use linattn::Runtime;
 use linattn::simd::{Backend, Kernel, Lanes, Task};
 use std::hint::black_box;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Restricts a single-threaded run to one core, as the peers do.
@@ -26,9 +26,13 @@ pub struct Calibration(Arc<Mutex<Vec<f64>>>);
 impl Calibration {
     /// The median rate of multiply-adds from registers.
     pub fn fma_gflops(&self) -> f64 {
-        let mut rates = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut rates = self.rates().clone();
         rates.sort_by(f64::total_cmp);
         rates.get(rates.len() / 2).copied().unwrap_or(0.0)
+    }
+
+    fn rates(&self) -> MutexGuard<'_, Vec<f64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -48,7 +52,7 @@ pub fn measure(args: &Args, rt: &Runtime, mut call: impl FnMut()) -> Vec<f64> {
             }
             let seconds = start.elapsed().as_secs_f64() / calls as f64;
             let rate = rt.run(Peak);
-            args.calibration.0.lock().unwrap_or_else(PoisonError::into_inner).push(rate);
+            args.calibration.rates().push(rate);
             seconds
         })
         .collect()

@@ -110,8 +110,7 @@ pub enum Arch {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    match pool(args.threads).and_then(|()| inside(|| run(&args))) {
+    match start(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{e}");
@@ -155,14 +154,12 @@ impl Args {
     }
 }
 
-fn pool(threads: Option<usize>) -> Result<()> {
-    let n = threads.unwrap_or(0);
-    Ok(rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?)
-}
-
-/// Runs `work` on a thread of the pool: a step is hundreds of short operations, which would be handed over one by one.
-fn inside(work: impl Fn() -> Result<()> + Sync) -> Result<()> {
-    Ok(rayon::scope(|_| work().map_err(|e| e.to_string()))?)
+/// Runs on a thread of the pool: a step is hundreds of short operations, which would be handed over one by one.
+fn start(args: &Args) -> Result<()> {
+    if let Some(n) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?;
+    }
+    Ok(rayon::scope(|_| run(args).map_err(|e| e.to_string()))?)
 }
 
 fn run(args: &Args) -> Result<()> {
