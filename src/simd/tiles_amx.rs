@@ -62,52 +62,91 @@ struct Place {
     width: usize,
 }
 
-/// The scaled and the plain sums of a square; without a scaled term, the plain ones come first.
-type Sums = [MaybeUninit<Square>; 2];
+/// Room for squares, taken in turn. Three are enough: the two of a square that waits for the sink, and the first of
+/// the next.
+struct Ring {
+    squares: [MaybeUninit<Square>; 3],
+    next: usize,
+}
+
+/// A square whose sums are complete: scaled and plain ones, or plain ones twice where nothing is scaled.
+#[derive(Clone, Copy)]
+struct Done {
+    place: Place,
+    sums: [usize; 2],
+}
 
 impl<B: Backend<L = L>, S: Sink<L>, const PARTS: usize> Kernel<B> for Walk<'_, '_, S, PARTS> {
     type Output = ();
     #[inline(always)]
     fn run(mut self, b: B) {
         let (l, p) = (b.lanes(), self.p);
-        let mut sums: [Sums; 2] = [[MaybeUninit::uninit(); 2]; 2];
-        let (mut turn, mut done) = (0, None::<Place>);
+        let mut ring = Ring { squares: [MaybeUninit::uninit(); 3], next: 0 };
+        let mut done = None::<Done>;
         for j in (0..p.n).step_by(PANEL) {
             // In the lower triangle, rows above the panel's first column are not wanted.
             let mut i = if p.lower { j } else { 0 };
             while i < p.m {
                 let (rows, width) = ((p.m - i).min(2 * TILE), (p.n - j).min(PANEL));
                 let place = Place { i, j, rows, width };
+                let plain = p.second.as_ref().map_or(Strip::EMPTY, |t| {
+                    Strip::of(t, place, if p.causal { t.k.min(i + rows) } else { t.k })
+                });
+                let scaled = p.first.as_ref().map(|(t, _)| Strip::of(t, place, t.k));
                 // SAFETY: `Amx::check` proved the operands, and a session is held.
-                unsafe {
-                    match (rows > TILE, width > TILE) {
-                        (true, true) => square::<PARTS, 2, 2>(p, place, &mut sums[turn]),
-                        (true, false) => square::<PARTS, 2, 1>(p, place, &mut sums[turn]),
-                        (false, true) => square::<PARTS, 1, 2>(p, place, &mut sums[turn]),
-                        (false, false) => square::<PARTS, 1, 1>(p, place, &mut sums[turn]),
-                    }
+                let first = unsafe { ring.sum::<PARTS>(scaled.unwrap_or(plain), place) };
+                if let Some(done) = done {
+                    self.emit(l, done, &ring);
                 }
-                turn = 1 - turn;
-                if let Some(place) = done.replace(place) {
-                    self.emit(l, place, &sums[turn]);
-                }
+                let second = match scaled {
+                    // SAFETY: as above. What waited is with the sink: its room may be written.
+                    Some(_) => unsafe { ring.sum::<PARTS>(plain, place) },
+                    None => first,
+                };
+                done = Some(Done { place, sums: [first, second] });
                 i += 2 * TILE;
             }
         }
-        if let Some(place) = done {
-            self.emit(l, place, &sums[1 - turn]);
+        if let Some(done) = done {
+            self.emit(l, done, &ring);
         }
+    }
+}
+
+impl Ring {
+    /// Sums a strip of the square at `place` in the next room and says which that is.
+    ///
+    /// # Safety
+    /// A session is held, and [`Amx::check`] has seen the product.
+    #[inline(always)]
+    unsafe fn sum<const PARTS: usize>(&mut self, s: Strip, place: Place) -> usize {
+        let at = self.next;
+        self.next = (at + 1) % self.squares.len();
+        let to = self.squares[at].as_mut_ptr().cast();
+        // SAFETY: as for this function; the rooms hold whole squares.
+        unsafe {
+            match (place.rows > TILE, place.width > TILE) {
+                (true, true) => sum::<PARTS, 2, 2>(s, to),
+                (true, false) => sum::<PARTS, 2, 1>(s, to),
+                (false, true) => sum::<PARTS, 1, 2>(s, to),
+                (false, false) => sum::<PARTS, 1, 1>(s, to),
+            }
+        }
+        at
     }
 }
 
 impl<S: Sink<L>, const PARTS: usize> Walk<'_, '_, S, PARTS> {
     /// Hands a square on to the sink.
     #[inline(always)]
-    fn emit(&mut self, l: L, at: Place, sums: &Sums) {
+    fn emit(&mut self, l: L, Done { place: at, sums }: Done, ring: &Ring) {
         let scale = self.p.first.as_ref().map(|(_, scale)| &scale[at.i..]);
-        let sums = [sums[0].as_ptr().cast::<f32>(), sums[1].as_ptr().cast::<f32>()];
+        let sums = sums.map(
+            #[inline(always)]
+            |s| ring.squares[s].as_ptr().cast::<f32>(),
+        );
         let mut r = 0;
-        // SAFETY: `square` wrote these rows, as wide as the tiles that hold `width`.
+        // SAFETY: `Ring::sum` wrote these rows, as wide as the tiles that hold `width`.
         unsafe {
             while r + 4 <= at.rows {
                 match at.width > TILE {
@@ -158,33 +197,6 @@ unsafe fn put<S: Sink<L>, const M: usize, const C: usize>(
         }
     }
     sink.put_tile(l, at.i + r, at.j, at.width, &acc);
-}
-
-/// The sums of one square of `R` by `C` tiles.
-///
-/// # Safety
-/// A session is held, and [`Amx::check`] has seen the product.
-#[inline(always)]
-unsafe fn square<const PARTS: usize, const R: usize, const C: usize>(
-    p: &Product<'_, bf16>,
-    at: Place,
-    sums: &mut Sums,
-) {
-    let [x, y] = sums;
-    let (x, y) = (x.as_mut_ptr().cast::<f32>(), y.as_mut_ptr().cast::<f32>());
-    let second = p.second.as_ref().map_or(Strip::EMPTY, |t| {
-        Strip::of(t, at, if p.causal { t.k.min(at.i + at.rows) } else { t.k })
-    });
-    // SAFETY: as for this function; a square takes R x C tiles.
-    unsafe {
-        match &p.first {
-            Some((t, _)) => {
-                sum::<PARTS, R, C>(Strip::of(t, at, t.k), x);
-                sum::<PARTS, R, C>(second, y);
-            }
-            None => sum::<PARTS, R, C>(second, x),
-        }
-    }
 }
 
 impl Strip {
