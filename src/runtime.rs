@@ -20,6 +20,15 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    fn finer(self) -> Self {
+        match self {
+            Precision::Bf16 => Precision::Bf16x3,
+            Precision::F32 | Precision::Bf16x3 => Precision::F32,
+        }
+    }
+}
+
 /// The one choice of code path, made when the runtime is built.
 #[derive(Clone, Copy, Debug)]
 enum Engine {
@@ -109,9 +118,11 @@ impl Engine {
 pub struct Runtime {
     engine: Engine,
     precision: Precision,
+    /// What runs with a precision that rounds less.
+    finer: Engine,
     threads: Option<usize>,
     #[cfg(feature = "std")]
-    blocks: std::sync::Mutex<alloc::vec::Vec<Block>>,
+    blocks: alloc::sync::Arc<std::sync::Mutex<alloc::vec::Vec<Block>>>,
 }
 
 /// Settings of a [`Runtime`].
@@ -151,19 +162,21 @@ impl Builder {
             Some(isa) => isa,
             None => env_isa()?.unwrap_or_else(Isa::best),
         };
+        let engine = |precision| match isa.available() {
+            true => Engine::best(isa, precision),
+            false => None,
+        };
+        let refuse = || Isa::refuse(isa.name());
         Ok(Runtime {
-            engine: match isa.available() {
-                true => Engine::best(isa, self.precision),
-                false => None,
-            }
-            .ok_or_else(|| Isa::refuse(isa.name()))?,
+            engine: engine(self.precision).ok_or_else(refuse)?,
             precision: self.precision,
+            finer: engine(self.precision.finer()).ok_or_else(refuse)?,
             threads: match self.threads {
                 Some(n) => Some(n),
                 None => env_threads()?,
             },
             #[cfg(feature = "std")]
-            blocks: std::sync::Mutex::default(),
+            blocks: alloc::sync::Arc::default(),
         })
     }
 }
@@ -240,6 +253,19 @@ impl Runtime {
     #[must_use]
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// A runtime of the same threads and memory for products whose errors grow in what follows, with the next precision
+    /// that rounds less.
+    pub(crate) fn finer(&self) -> Self {
+        Self {
+            engine: self.finer,
+            precision: self.precision.finer(),
+            finer: self.finer,
+            threads: self.threads,
+            #[cfg(feature = "std")]
+            blocks: alloc::sync::Arc::clone(&self.blocks),
+        }
     }
 
     /// The matrix engine that really runs: `f32`, `bf16x3` or `bf16`.

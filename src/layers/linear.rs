@@ -36,6 +36,7 @@ pub struct Linear {
     bias: Option<Tensor<1>>,
     inputs: usize,
     outputs: usize,
+    careful: bool,
 }
 
 impl Linear {
@@ -67,7 +68,7 @@ impl Linear {
         }
         let weights = Weights::new(OP, weight, format)?;
         let bias = bias.map(|b| Tensor::from_slice(b, [outputs])).transpose()?;
-        Ok(Self { weights, bias, inputs, outputs })
+        Ok(Self { weights, bias, inputs, outputs, careful: false })
     }
 
     /// Width of the input.
@@ -92,6 +93,12 @@ impl Linear {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.weights.bytes() + self.bias.as_ref().map_or(0, |b| size_of_val(b.as_slice()))
+    }
+
+    /// Products that round less than others of the runtime: for outputs whose errors the next step multiplies.
+    #[must_use]
+    pub(crate) fn careful(self) -> Self {
+        Self { careful: true, ..self }
     }
 
     /// Copies row `j` of the weight (`[inputs]`) as it is stored into `out`: an embedding lookup when the weight
@@ -138,7 +145,9 @@ impl Linear {
     #[must_use]
     pub fn scratch_bytes(&self, rt: &Runtime, rows: usize) -> usize {
         let sizes = [rows, self.inputs, self.outputs];
-        rt.threads() * bytes_of::<u8>(rt.run(Ask(self.weights.format(), sizes)))
+        let ask = Ask(self.weights.format(), sizes);
+        let bytes = if self.careful { rt.finer().run(ask) } else { rt.run(ask) };
+        rt.threads() * bytes_of::<u8>(bytes)
     }
 
     fn check(&self, x: View<'_, f32, 2>, out: &ViewMut<'_, f32, 2>) -> Result<()> {
@@ -176,7 +185,11 @@ impl Linear {
             out,
             keep,
         };
-        rt.run(Product { rt, job, scratch, format: self.weights.format() });
+        let format = self.weights.format();
+        match self.careful {
+            true => rt.finer().run(Product { rt, job, scratch, format }),
+            false => rt.run(Product { rt, job, scratch, format }),
+        }
     }
 }
 

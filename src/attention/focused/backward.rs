@@ -81,7 +81,8 @@ impl FocusedLinearAttention {
             task::features(rt, focus, k, ViewMut::new(&mut *g, rows_k)?);
             let features = [View::new(&*f, q.shape())?, View::new(&*g, k.shape())?];
             let grads = [ViewMut::new(&mut *df, q.shape())?, ViewMut::new(&mut *dg, k.shape())?];
-            core.gradients(rt, features, [v, dout], None, grads, dv, None)?;
+            // The power multiplies the errors of what comes back to the features.
+            core.gradients(&rt.finer(), features, [v, dout], None, grads, dv, None)?;
             for (x, dphi, dx, sums) in [
                 (q, View::new(&*df, rows_q)?, dq, &mut *sums_q),
                 (k, View::new(&*dg, rows_k)?, dk, &mut *sums_k),

@@ -1,6 +1,6 @@
 //! The token mixer of vision transformers.
 
-use super::config::{Scope, VisionAttentionConfig};
+use super::config::{Mechanism, Scope, VisionAttentionConfig};
 use super::map_attention::MapAttention;
 use crate::error::{Result, expect_shape};
 use crate::io::TensorSource;
@@ -92,6 +92,14 @@ impl VisionAttention {
     ) -> Result<Self> {
         config.check(OP)?;
         let (dim, bias) = (config.dim, config.qkv_bias);
+        // A power multiplies the errors of queries and keys.
+        let linear = |name, outputs| -> Result<Linear> {
+            let linear = parameters.linear(name, [outputs, dim], bias)?;
+            Ok(match config.mechanism {
+                Mechanism::Focused(_) => linear.careful(),
+                _ => linear,
+            })
+        };
         let projection = match config.scope {
             Scope::Reduced { ratio, norm_eps } => {
                 let square = Conv2dConfig::square(dim, dim, ratio, ratio, 0);
@@ -100,12 +108,12 @@ impl VisionAttention {
                     Ok(Box::new((conv, parameters.layer_norm("norm", dim, norm_eps)?)))
                 };
                 Projection::Two {
-                    q: parameters.linear("q", [dim, dim], bias)?,
-                    kv: parameters.linear("kv", [2 * dim, dim], bias)?,
+                    q: linear("q", dim)?,
+                    kv: linear("kv", 2 * dim)?,
                     reduce: (ratio > 1).then_some(()).map(reduce).transpose()?,
                 }
             }
-            _ => Projection::One { qkv: parameters.linear("qkv", [3 * dim, dim], bias)? },
+            _ => Projection::One { qkv: linear("qkv", 3 * dim)? },
         };
         let mixers =
             config.mixers().into_iter().flatten().enumerate().map(|(i, mixer)| {
