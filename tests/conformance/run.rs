@@ -64,8 +64,10 @@ pub fn on_every_engine(case: &Case, system: System, prefix: &'static str) -> Res
     if case.config.get("chunk").is_some() {
         hints.push(Some(case.size("chunk")));
     }
-    // Layers and models have a name of two parts; gradients go through as many products as a layer.
-    let operation = !case.system.contains('.') && case.system != "checkpoint" && prefix == "out.";
+    // Layers and models have a name of two parts, but for those of FLASH; gradients go through as many products as a layer.
+    let layer =
+        case.system.contains('.') || ["flash", "gau", "checkpoint"].contains(&&*case.system);
+    let operation = !layer && prefix == "out.";
     for engine in engines() {
         let (rt, isa) = (engine.runtime(), format!("{} {}", engine.isa, engine.name()));
         let errors = RefCell::default();

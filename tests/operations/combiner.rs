@@ -109,7 +109,7 @@ fn configs(segment: usize) -> [CombinerConfig; 9] {
 fn fast_forms_equal_the_definition() {
     for engine in engines() {
         let rt = engine.runtime();
-        let tolerance = engine.tolerance(F32, true);
+        let tolerance = engine.bound(F32, false);
         for (segment, len) in
             [(1, 5), (5, 1), (5, 5), (5, 23), (6, 24), (9, 80), (60, 70), (100, 9)]
         {
@@ -136,7 +136,7 @@ fn blocks_of_keys_and_queries_join() {
         ] {
             let p = Problem::new(config, [1, 300, 1, 16, 8], 11);
             let err = rel_err(&p.run(&rt), &p.want::<f32>());
-            let tolerance = engine.tolerance(F32, true);
+            let tolerance = engine.bound(F32, false);
             assert!(err <= tolerance, "{} {config:?}: {err:e}", rt.kernel());
         }
     }

@@ -31,7 +31,7 @@ fn permitting(isa: Isa, precision: Precision) -> Runtime {
 
 /// The tolerance of a Lightning Attention call.
 fn tolerance(engine: Engine) -> f64 {
-    engine.tolerance(if engine.precision == Precision::F32 { 2e-6 } else { 1e-5 }, true)
+    engine.bound(2e-6, false)
 }
 
 /// Two heads, four chunks and a tail.

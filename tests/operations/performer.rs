@@ -129,7 +129,7 @@ fn fast_forms_equal_the_definition() {
             {
                 let p = Problem::new(config, sizes, (10 * i + j) as u64);
                 let err = rel_err(&p.run(&rt), &p.want::<f32>());
-                let tolerance = engine.tolerance(F32, true);
+                let tolerance = engine.bound(F32, false);
                 assert!(err <= tolerance, "{} {config:?} {sizes:?}: {err:e}", rt.kernel());
             }
         }

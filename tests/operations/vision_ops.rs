@@ -167,7 +167,7 @@ fn agent_agrees<E: Element>(rounding: f64) {
         let (want, want_gathered) = call.want();
         for engine in engines() {
             let (out, gathered) = call.run(&engine.runtime());
-            let (err, near) = (rel_err(&out, &want), engine.tolerance(OPERATION, true));
+            let (err, near) = (rel_err(&out, &want), engine.bound(OPERATION, false));
             assert!(err <= near + rounding, "{engine:?} {shape:?}: {err:e}");
             if shape.lq > 0 {
                 let err = rel_err(&gathered, &want_gathered);

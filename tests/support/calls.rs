@@ -104,7 +104,7 @@ fn softmax_with<E: Element>(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
 
 fn linear<E: Element>(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
     let Size { batch, len, heads, dk, dv } = s;
-    let op = LinearAttention::new(FeatureMap::Silu);
+    let op = LinearAttention::new(FeatureMap::Elu1);
     let (q, k) = (m.input::<E, 4>([batch, 5, heads, dk]), m.input([batch, len, heads, dk]));
     let (v, out) = (m.input([batch, len, heads, dv]), m.output([batch, 5, heads, dv]));
     m.call(|| op.forward(rt, q, k, v, out, None))

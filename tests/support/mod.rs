@@ -47,6 +47,15 @@ impl Engine {
         }
     }
 
+    /// The bound of a test that holds `f32` to `own`: below the 1e-5 that the cases state, to which the other engines are
+    /// held. Layers and gradients are `deep`: they go through several products.
+    pub fn bound(self, own: f64, deep: bool) -> f64 {
+        match self.precision {
+            Precision::F32 => own,
+            _ => self.tolerance(own.max(1e-5), !deep),
+        }
+    }
+
     /// A runtime that is proven to run this engine.
     pub fn runtime(self) -> Runtime {
         self.with_threads(None)

@@ -164,7 +164,7 @@ fn the_definition_equals_differences() {
 #[test]
 fn gradients_are_those_of_the_definition() {
     for engine in engines() {
-        let (rt, tolerance) = (engine.runtime(), engine.tolerance(F32, true));
+        let (rt, tolerance) = (engine.runtime(), engine.bound(F32, true));
         let check = |p: &Problem| p.agrees_as::<f32>(&rt, Order::Whole, tolerance);
         check(&Problem::new([1, 1, 5, 7, 3, 4, 6], 0.0, 2));
         check(&Problem::new([2, 3, 100, 130, 49, 17, 33], 0.0, 3).biased(4));

@@ -109,7 +109,7 @@ fn the_definition_equals_differences() {
 #[test]
 fn gradients_are_those_of_the_definition() {
     for engine in engines() {
-        let (rt, tolerance) = (engine.runtime(), engine.tolerance(F32, true));
+        let (rt, tolerance) = (engine.runtime(), engine.bound(F32, true));
         for (w, dims) in [
             (6, [2, 27, 2, 9, 12]),
             (5, [1, 35, 1, 8, 17]),

@@ -226,7 +226,7 @@ fn definitions_equal_differences() {
 #[test]
 fn mixed_chunks() {
     for engine in engines() {
-        let (rt, tolerance) = (engine.runtime(), engine.tolerance(F32, true));
+        let (rt, tolerance) = (engine.runtime(), engine.bound(F32, true));
         for (i, c) in configs(16).into_iter().enumerate() {
             let seed = 10 * i as u64;
             Mixed::new(c, [1, 53, 9, 40], seed).agrees_as::<f32>(&rt, tolerance);
@@ -362,7 +362,7 @@ impl Quadratic {
 #[test]
 fn quadratic() {
     for engine in engines() {
-        let (rt, tolerance) = (engine.runtime(), engine.tolerance(F32, true));
+        let (rt, tolerance) = (engine.runtime(), engine.bound(F32, true));
         for (act, causal) in ACTS.into_iter().flat_map(|a| [(a, false), (a, true)]) {
             let new = |dims, seed| Quadratic::new((act, causal), dims, seed);
             new([1, 1, 1, 1, 1], 200).agrees_as::<f32>(&rt, tolerance);

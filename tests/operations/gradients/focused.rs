@@ -108,7 +108,7 @@ fn check(problem: &Problem) {
     for engine in engines() {
         let got = problem.run::<f32>(&engine.runtime());
         for ((got, want), name) in got.iter().zip(&want).zip(NAMES) {
-            let tolerance = engine.tolerance(3e-6, true);
+            let tolerance = engine.bound(3e-6, true);
             close(got, want, tolerance, &format!("{engine:?} {:?} {name}", problem.size));
         }
     }

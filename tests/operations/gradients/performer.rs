@@ -144,7 +144,7 @@ fn gradients_are_those_of_the_definition() {
             let got = problem.run::<f32>(&engine.runtime());
             for ((got, want), name) in got.iter().zip(&want).zip(NAMES) {
                 let what = format!("{engine:?} {size:?} {config:?} {name}");
-                let tolerance = engine.tolerance(3e-6, true);
+                let tolerance = engine.bound(3e-6, true);
                 if size[3] == 1 && name != "dv" {
                     // One key has all the weight, whatever it is: what is left are differences of terms of the size
                     // of `dout v`.

@@ -151,7 +151,7 @@ fn the_definition_equals_differences() {
 #[test]
 fn gradients_are_those_of_the_definition() {
     for engine in engines() {
-        let (rt, tolerance) = (engine.runtime(), engine.tolerance(F32, true));
+        let (rt, tolerance) = (engine.runtime(), engine.bound(F32, true));
         let check = |p: &Problem| p.agrees_as::<f32>(&rt, Order::Whole, tolerance);
         check(&Problem::new([1, 1, 1, 1, 1, 1, 1], Mask::Full, 1));
         for nothing in [[1, 3, 0, 1, 1, 4, 2], [1, 3, 5, 1, 1, 0, 2], [1, 3, 5, 1, 1, 4, 0]] {
