@@ -20,16 +20,21 @@ impl Block {
         self.0.len()
     }
 
-    /// Makes the block at least `bytes` long; what it held may be lost.
+    /// Makes the block at least `bytes` long; what it held is lost then. One that grows with a text, token by token, is
+    /// made longer than asked: to make it anew for every token would cost more than what is done in it.
     pub(crate) fn grow(&mut self, bytes: usize) -> Result<()> {
-        if bytes > self.0.len() {
-            let more = bytes - self.0.len();
-            if self.0.try_reserve_exact(more).is_err() {
-                return Err(Error::Alloc { op: "scratch", bytes });
-            }
-            self.0.resize(bytes, 0);
+        let len = self.0.len();
+        if bytes <= len {
+            return Ok(());
         }
-        Ok(())
+        self.0 = AVec::new(ALIGN);
+        for bytes in [bytes.max(len.saturating_add(len / 4)), bytes] {
+            if self.0.try_reserve_exact(bytes).is_ok() {
+                self.0.resize(bytes, 0);
+                return Ok(());
+            }
+        }
+        Err(Error::Alloc { op: "scratch", bytes })
     }
 
     /// The block as a stack of slices.

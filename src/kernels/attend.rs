@@ -414,32 +414,22 @@ pub(crate) fn gather<L: Lanes>(
     factor: f32,
     out: &mut [f32],
 ) {
-    const WIDE: usize = 4;
     let factor = l.splat(factor);
-    let seen = |j: usize| hidden.is_none_or(|(bias, block)| bias[block.at(j)] != f32::NEG_INFINITY);
     let mut at = 0;
-    while at + WIDE * L::N <= out.len() {
-        let mut acc = [l.zero(); WIDE];
-        for (j, p) in p.iter().enumerate() {
-            if seen(j) {
-                let row = &v.data[j * v.stride + at..][..WIDE * L::N];
-                let p = l.splat(*p);
-                for w in 0..WIDE {
-                    acc[w] = l.mul_add(p, l.load(&row[w * L::N..]), acc[w]);
-                }
-            }
-        }
-        for w in 0..WIDE {
-            let out = &mut out[at + w * L::N..];
-            l.store(out, l.mul_add(l.load(out), factor, acc[w]));
-        }
-        at += WIDE * L::N;
+    // As many sums side by side as hide the time that one of them takes.
+    while at + 4 * L::N <= out.len() {
+        columns::<L, 4>(l, p, v, hidden, factor, at, out);
+        at += 4 * L::N;
+    }
+    while at + 2 * L::N <= out.len() {
+        columns::<L, 2>(l, p, v, hidden, factor, at, out);
+        at += 2 * L::N;
     }
     while at < out.len() {
         let end = out.len().min(at + L::N);
         let mut acc = l.zero();
         for (j, p) in p.iter().enumerate() {
-            if seen(j) {
+            if seen(hidden, j) {
                 acc = l.mul_add(
                     l.splat(*p),
                     l.load_head(&v.data[j * v.stride + at..][..end - at]),
@@ -450,5 +440,37 @@ pub(crate) fn gather<L: Lanes>(
         let out = &mut out[at..end];
         l.store_head(out, l.mul_add(l.load_head(out), factor, acc));
         at = end;
+    }
+}
+
+#[inline(always)]
+fn seen(hidden: Option<(&[f32], Block<'_>)>, j: usize) -> bool {
+    hidden.is_none_or(|(bias, block)| bias[block.at(j)] != f32::NEG_INFINITY)
+}
+
+/// `W` vectors of the columns from `at` on.
+#[inline(always)]
+fn columns<L: Lanes, const W: usize>(
+    l: L,
+    p: &[f32],
+    v: Plain<'_>,
+    hidden: Option<(&[f32], Block<'_>)>,
+    factor: L::F,
+    at: usize,
+    out: &mut [f32],
+) {
+    let mut acc = [l.zero(); W];
+    for (j, p) in p.iter().enumerate() {
+        if seen(hidden, j) {
+            let row = &v.data[j * v.stride + at..][..W * L::N];
+            let p = l.splat(*p);
+            for w in 0..W {
+                acc[w] = l.mul_add(p, l.load(&row[w * L::N..]), acc[w]);
+            }
+        }
+    }
+    for w in 0..W {
+        let out = &mut out[at + w * L::N..];
+        l.store(out, l.mul_add(l.load(out), factor, acc[w]));
     }
 }
