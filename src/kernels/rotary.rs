@@ -77,6 +77,64 @@ impl<B: Backend> Kernel<B> for LrpeRows<'_> {
     }
 }
 
+/// The gradient of some heads' angles, `sum p (x cos(theta p) dout_2 - x sin(theta p) dout_1)` over batch rows and tokens,
+/// added up in `f64`.
+#[derive(Debug)]
+pub struct LrpeAngles<'a> {
+    /// `[batch, len, heads, dim]`
+    pub x: View<'a, f32, 4>,
+    /// `[batch, len, heads, 2 dim]`
+    pub dout: View<'a, f32, 4>,
+    /// `[heads, dim]`
+    pub theta: &'a [f64],
+    /// Position of the first token.
+    pub offset: usize,
+    /// `[heads, dim]`, written.
+    pub out: ViewMut<'a, f32, 2>,
+}
+
+impl<B: Backend> Kernel<B> for LrpeAngles<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        self.sum(b.lanes());
+    }
+}
+
+impl LrpeAngles<'_> {
+    #[inline(always)]
+    fn sum<L: Lanes>(mut self, l: L) {
+        let [batch, len, heads, dim] = self.x.shape();
+        for (h, j) in (0..heads).flat_map(|h| (0..dim).step_by(BLOCK).map(move |j| (h, j))) {
+            let n = BLOCK.min(dim - j);
+            let (mut sums, mut row) = ([0.0f64; BLOCK], [0.0; BLOCK]);
+            for t in 0..len {
+                let p = (self.offset + t) as f64;
+                let block = Block::new(l, p, &self.theta[h * dim + j..][..n]);
+                for i in 0..batch {
+                    let x = &self.x.row([i, t, h, 0])[j..j + n];
+                    let (near, far) = self.dout.row([i, t, h, 0]).split_at(dim);
+                    let (near, far) = (&near[j..j + n], &far[j..j + n]);
+                    for at in (0..n).step_by(L::N) {
+                        let [x, a, b] = [x, near, far].map(
+                            #[inline(always)]
+                            |row| l.load_head(&row[at..]),
+                        );
+                        let (c, s) = (l.load(&block.cos[at..]), l.load(&block.sin[at..]));
+                        l.store(&mut row[at..], l.mul(x, l.neg_mul_add(a, s, l.mul(b, c))));
+                    }
+                    for (sum, x) in sums.iter_mut().zip(&row[..n]) {
+                        *sum += p * f64::from(*x);
+                    }
+                }
+            }
+            for (out, sum) in self.out.row_mut([h, 0])[j..j + n].iter_mut().zip(sums) {
+                *out = sum as f32;
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn times<L: Lanes>(l: L, a: &[f32], b: &[f32], out: &mut [f32]) {
     for ((a, b), out) in a.chunks(L::N).zip(b.chunks(L::N)).zip(out.chunks_mut(L::N)) {

@@ -1,7 +1,7 @@
 //! Positions as angles: LRPE and RoPE.
 
 use crate::error::{Error, Result, expect_shape};
-use crate::kernels::rotary::{LrpeRows, RopeRows};
+use crate::kernels::rotary::{LrpeAngles, LrpeRows, RopeRows};
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::Cut;
 use crate::simd::{Backend, Task};
@@ -98,6 +98,46 @@ impl Lrpe {
         expect_shape("lrpe", "dx", letters, [batch, len, self.heads, self.dim], dx.shape())?;
         last_position("lrpe", "offset", offset, len)?;
         let job = LrpeRows { x: dout, out: dx, theta: &self.theta, offset, back: true };
+        rt.run(Divided(rt, job));
+        Ok(())
+    }
+
+    /// The gradient of a sum `<dout, out>` for the angles, `dtheta = sum p (x cos(theta p) dout_2 - x sin(theta p) dout_1)`
+    /// over batch rows and tokens at positions `p`, with `dout = [dout_1 | dout_2]`; it is overwritten.
+    ///
+    /// `x`: `[batch, len, heads, dim]`, `dout`: `[batch, len, heads, 2 dim]`, `dtheta`: `[heads, dim]`. It costs what
+    /// [`forward`](Self::forward) does, and is added up in `f64`; results do not depend on the number of threads.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); `dtheta` is untouched then.
+    ///
+    /// ```
+    /// use linattn::layers::Lrpe;
+    /// use linattn::{Runtime, tensor::Tensor};
+    /// let lrpe = Lrpe::new(Tensor::<2>::from_slice(&[0.0], [1, 1])?.view())?;
+    /// let x = Tensor::<4>::from_slice(&[5.0, 7.0], [1, 2, 1, 1])?;
+    /// let dout = Tensor::<4>::from_slice(&[1.0, 1.0, 1.0, 1.0], [1, 2, 1, 2])?;
+    /// let mut dtheta = Tensor::<2>::zeros([1, 1])?;
+    /// lrpe.backward_angles(&Runtime::new()?, x.view(), 3, dout.view(), dtheta.view_mut())?;
+    /// assert_eq!(dtheta.as_slice(), [3.0 * 5.0 + 4.0 * 7.0]); // the sine of a small angle is the angle
+    /// # Ok::<(), linattn::Error>(())
+    /// ```
+    pub fn backward_angles(
+        &self,
+        rt: &Runtime,
+        x: View<'_, f32, 4>,
+        offset: usize,
+        dout: View<'_, f32, 4>,
+        dtheta: ViewMut<'_, f32, 2>,
+    ) -> Result<()> {
+        let [batch, len, ..] = x.shape();
+        let letters = "[batch, len, heads, dim]";
+        let [own, wide] = [1, 2].map(|n| [batch, len, self.heads, n * self.dim]);
+        expect_shape("lrpe", "x", letters, own, x.shape())?;
+        expect_shape("lrpe", "dout", letters, wide, dout.shape())?;
+        expect_shape("lrpe", "dtheta", "[heads, dim]", self.shape(), dtheta.shape())?;
+        last_position("lrpe", "offset", offset, len)?;
+        let job = LrpeAngles { x, dout, theta: &self.theta, offset, out: dtheta };
         rt.run(Divided(rt, job));
         Ok(())
     }
@@ -290,6 +330,28 @@ impl Divide for LrpeRows<'_> {
     }
 }
 
+/// By heads, whose sums are their own.
+impl Divide for LrpeAngles<'_> {
+    fn units(&self) -> usize {
+        self.x.shape()[2]
+    }
+    fn flops(&self) -> usize {
+        work(self.x)
+    }
+    fn split(self, mid: usize) -> (Self, Self) {
+        let [.., heads, dim] = self.x.shape();
+        let (near, far) = self.out.split_at(0, mid);
+        let part = |from: usize, to: usize, out| LrpeAngles {
+            x: self.x.slice(2, from, to),
+            dout: self.dout.slice(2, from, to),
+            theta: &self.theta[from * dim..to * dim],
+            offset: self.offset,
+            out,
+        };
+        (part(0, mid, near), part(mid, heads, far))
+    }
+}
+
 impl Divide for RopeRows<'_> {
     fn units(&self) -> usize {
         self.x.shape()[1]
@@ -319,18 +381,16 @@ fn work(x: View<'_, f32, 4>) -> usize {
     x.shape().into_iter().fold(30, usize::saturating_mul)
 }
 
-impl Task for Divided<'_, LrpeRows<'_>> {
-    type Output = ();
-    fn run<B: Backend>(self, b: B) {
-        let work = |job: LrpeRows<'_>, _: Cut<'_>| b.call(job);
-        self.0.divide_in(self.1, Cut::new(&mut []), 0, &work);
-    }
+macro_rules! tasks {
+    ($($kernel:ident),*) => {$(
+        impl Task for Divided<'_, $kernel<'_>> {
+            type Output = ();
+            fn run<B: Backend>(self, b: B) {
+                let work = |job: $kernel<'_>, _: Cut<'_>| b.call(job);
+                self.0.divide_in(self.1, Cut::new(&mut []), 0, &work);
+            }
+        }
+    )*};
 }
 
-impl Task for Divided<'_, RopeRows<'_>> {
-    type Output = ();
-    fn run<B: Backend>(self, b: B) {
-        let work = |job: RopeRows<'_>, _: Cut<'_>| b.call(job);
-        self.0.divide_in(self.1, Cut::new(&mut []), 0, &work);
-    }
-}
+tasks!(LrpeRows, LrpeAngles, RopeRows);

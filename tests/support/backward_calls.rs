@@ -41,13 +41,17 @@ pub const BACKWARD: [(&str, Call); 22] = [
     ("gradients of GELU", activation),
     ("gradients of a gate", gate),
     ("gradients of LRPE", lrpe),
+    ("gradients of LRPE's angles", lrpe_angles),
     ("gradients of RoPE", rope),
     ("gradients of a depthwise convolution", depthwise),
 ];
 
 /// Those with a result that is a sum over the batch.
-pub const SUMS: [&str; 2] =
-    ["gradients of softmax, bias and mask", "gradients of a depthwise convolution"];
+pub const SUMS: [&str; 3] = [
+    "gradients of softmax, bias and mask",
+    "gradients of LRPE's angles",
+    "gradients of a depthwise convolution",
+];
 
 /// `q`, `k`, `v`, `dout`, and where the gradients of the first three go, with `lq` queries.
 macro_rules! operands {
@@ -208,6 +212,13 @@ fn lrpe(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
     let dout = m.input([s.batch, s.len, s.heads, 2 * s.dk]);
     let dx = m.output([s.batch, s.len, s.heads, s.dk]);
     m.call(|| op.backward(rt, 3, dout, dx))
+}
+
+fn lrpe_angles(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let op = Lrpe::new(m.input([s.heads, s.dk]))?;
+    let [x, dout] = [1, 2].map(|n| m.input([s.batch, s.len, s.heads, n * s.dk]));
+    let dtheta = m.output([s.heads, s.dk]);
+    m.call(|| op.backward_angles(rt, x, 3, dout, dtheta))
 }
 
 fn rope(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {

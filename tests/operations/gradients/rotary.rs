@@ -76,6 +76,37 @@ fn lrpe_sums_both_halves() {
 }
 
 #[test]
+fn angles_add_up_over_tokens() {
+    let [batch, len, heads, dim] = [2, 300, 3, 70];
+    let (shape, wide) = ([batch, len, heads, dim], [batch, len, heads, 2 * dim]);
+    let mut rng = Rng::new(6);
+    let [x, dout] = [shape, wide].map(|s| normal(&mut rng, s.iter().product()));
+    let theta = normal(&mut rng, heads * dim);
+    let lrpe = Lrpe::new(View::new(&theta, [heads, dim]).expect("angles")).expect("an encoding");
+    let mut want = vec![0.0; heads * dim];
+    for (r, (x, dout)) in x.chunks_exact(dim).zip(dout.chunks_exact(2 * dim)).enumerate() {
+        let (p, h) = ((7 + r / heads % len) as f64, r % heads);
+        for j in 0..dim {
+            let angle = f64::from(theta[h * dim + j]) * p;
+            let [x, a, b] = [x[j], dout[j], dout[dim + j]].map(f64::from);
+            want[h * dim + j] += p * x * (angle.cos() * b - angle.sin() * a);
+        }
+    }
+    for (isa, order) in isas().into_iter().flat_map(|isa| ORDERS.map(|o| (isa, o))) {
+        let (x, dout) = (Laid::<f32>::new(&x, shape, order), Laid::new(&dout, wide, order));
+        let [one, two] = [1, 2].map(|threads| {
+            let mut got = vec![f32::NAN; heads * dim];
+            let to = ViewMut::new(&mut got, [heads, dim]).expect("a tensor");
+            let rt = with_threads(isa, Some(threads));
+            lrpe.backward_angles(&rt, x.view(), 7, dout.view(), to).expect("a good call");
+            got
+        });
+        close(&one, &want, 1e-6, &format!("{isa} {order:?}"));
+        assert_eq!(bits(&one), bits(&two), "{isa} {order:?}");
+    }
+}
+
+#[test]
 fn threads_do_not_matter() {
     let shape = [1, 300, 4, 64];
     let dout = normal(&mut Rng::new(5), shape.iter().product());
