@@ -4,10 +4,10 @@
     cargo build --release --example measure
     python3 benches/table.py [--peers DIR] [--rounds 3] [--only lightning,decode,...]
 
-DIR holds scripts for other libraries (torch_lightning.py, ort_lightning.py, torch_decode.py, torch_noncausal.py,
-torch_vision.py, gemm_py.py) that take the same flags as `measure` and print one JSON line. Programs run in turn, so that a noisy
-machine is equally noisy for all of them; figures are medians over the rounds, with the range of the crate's ratio
-to the best peer of the same round.
+DIR holds scripts for other libraries that take the same flags as `measure` and print one JSON line: those of benches/peers, and
+torch_lightning.py, ort_lightning.py, torch_decode.py, torch_noncausal.py, torch_flash_gau.py, gemm_py.py. Programs run in turn, so that
+a noisy machine is equally noisy for all of them; figures are medians over the rounds, with the range of the crate's ratio to the best
+peer of the same round.
 """
 import argparse
 import json
@@ -165,12 +165,37 @@ if wanted("vision"):
 if wanted("vision_models"):
     columns = ["model, px", "crate"] + (["best peer", "ratio"] if peers else [])
     header("Vision models, batch 1, f32, one thread: ms per image", *columns)
-    models = ("deit_t", "deit_s", "agent_deit_t", "agent_deit_s", "swin_t", "agent_swin_t", "flatten_swin_t", "agent_pvt_t")
+    models = ("deit_t", "deit_s", "agent_deit_t", "agent_deit_s", "swin_t", "agent_swin_t", "flatten_swin_t")
     for what, res in [(m, 224) for m in models] + [("deit_s", 448), ("agent_deit_s", 448)]:
-        others = {}
-        if peers:
-            others = {m: (lambda m=m: peer("torch_vision.py", what, res=res, mode=m)) for m in ("eager", "ort")}
-        compare(f"{what}, {res}", {"crate": lambda: ours(what, res=res)}, others, "median_s", scale=1e3)
+        for mode in ("eager", "ort") if peers else (None,):
+            others = {mode: lambda: peer("torch_vision.py", what, res=res, mode=mode)} if mode else {}
+            compare(f"{what}, {res}", {"crate": lambda: ours(what, res=res)}, others, "median_s", scale=1e3)
+if wanted("flash"):
+    columns = ["core, N", "crate"] + (["best peer", "ratio"] if peers else [])
+    header("Cores of FLASH and GAU, chunks of 256, s = 128, e = 1536, f32, one thread: ms per call", *columns)
+    rows = (("mixed_chunk", True, ("mixed_loop", "mixed_causal")), ("mixed_chunk", False, ("mixed",)), ("gau", False, ("gau_quad",)))
+    for what, causal, names in rows:
+        for n in (2048, 8192) if what == "mixed_chunk" else (2048,):
+            flags = dict(n=n, causal=True) if causal else dict(n=n)
+            others = {}
+            if peers:
+                others = {f"torch {w}": (lambda w=w: peer("torch_flash_gau.py", w, n=n)) for w in names}
+            label = f"{what}{', causal' if causal else ''}, {n}"
+            compare(label, {"crate": lambda: ours(what, **flags)}, others, "median_s", scale=1e3)
+    header("FLASH layer of width 768, f32, one thread: ms per call", *columns)
+    for n in (2048, 8192):
+        others = {"package": lambda: peer("torch_flash_layer.py", "causal", n=n)} if peers else {}
+        compare(f"causal, {n}", {"crate": lambda: ours("flash_layer", n=n, causal=True)}, others, "median_s", scale=1e3)
+if wanted("backward"):
+    header("Ways back, f32, one thread: ms per call", "operation, N", "forward", "backward", "backward / forward")
+    rows = (("lightning", 2048, dict(dim=128)), ("lightning", 8192, dict(dim=128)), ("linear", 2048, dict(dim=64)), ("softmax", 1024, dict(dim=64)),
+            ("agent", 3136, dict(dim=64)), ("mixed_chunk", 2048, {}), ("quadratic", 2048, {}))
+    names = {"linear": "linear_noncausal", "quadratic": "gau"}
+    for what, n, flags in rows:
+        mine = {"forward": lambda: ours(names.get(what, what), n=n, **flags), "backward": lambda: ours(f"{what}_backward", n=n, **flags)}
+        got = [{k: f()["median_s"] * 1e3 for k, f in mine.items()} for _ in range(a.rounds)]
+        cells = [f"{statistics.median(r[k] for r in got):.3g}" for k in mine]
+        print(f"| {what}, {n} | " + " | ".join(cells) + f" | {statistics.median(r['backward'] / r['forward'] for r in got):.1f} |", flush=True)
 if wanted("gemm"):
     columns = ["m x k x n", "packed", "unpacked"] + (["best peer", "ratio packed", "ratio unpacked"] if peers else [])
     header("Products in f32, one thread: GFLOP/s", *columns)
