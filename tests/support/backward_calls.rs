@@ -20,7 +20,7 @@ use linattn::layers::{
 use linattn::{Result, Runtime};
 
 /// Gradients of every operation, and of what layers are made of.
-pub const BACKWARD: [(&str, Call); 22] = [
+pub const BACKWARD: [(&str, Call); 23] = [
     ("gradients of softmax", softmax),
     ("gradients of softmax, bias and mask", softmax_with),
     ("gradients of linear", linear),

@@ -30,6 +30,7 @@ impl Coding for Bf16 {
     const UNIT: usize = 2;
     const WORDS: usize = PANEL;
     const STEP: usize = 2;
+    const OFFSETS: usize = 0;
 
     fn pack(columns: &[f32], k: usize, panel: &mut [u32]) {
         let half = |x: Option<&f32>| x.map_or(0, |x| u32::from(bf16::from_f32(*x).to_bits()));
@@ -53,9 +54,7 @@ impl Coding for Bf16 {
         if lanes >= 16 { 8 } else { 4 }
     }
 
-    fn offset(_: &[f32]) -> f32 {
-        0.0
-    }
+    fn offsets(_: &[f32], _: &mut [f32]) {}
 
     #[inline(always)]
     fn unpack<L: Lanes>(l: L, words: &[f32], dst: &mut [f32]) {

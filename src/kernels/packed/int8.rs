@@ -5,6 +5,10 @@
 //! `q + 128`. Such a byte in the top of the mantissa of 256 makes the float `256 + (q + 128)`, exactly: a shift
 //! and a mask instead of a conversion, which not every vocabulary of vectors has. What is too much, `384 sum x`
 //! per block, is known before the weights are read.
+//!
+//! Two chains of sums take the rows of a block, and what their numbers are too large by costs accuracy. So a chain
+//! begins at minus half of what its first half of rows will have too much, and is shifted in the middle, for the
+//! second half, and at the end: it stays near zero all the way.
 
 use super::{Coding, Strip};
 use crate::simd::{Lanes, PANEL};
@@ -39,6 +43,7 @@ impl Coding for Int8 {
     const UNIT: usize = BLOCK;
     const WORDS: usize = PANEL + BLOCK / 4 * PANEL;
     const STEP: usize = 4;
+    const OFFSETS: usize = 5;
 
     fn pack(columns: &[f32], k: usize, panel: &mut [u32]) {
         for (b, unit) in panel.chunks_exact_mut(Self::WORDS).enumerate() {
@@ -75,9 +80,14 @@ impl Coding for Int8 {
         4
     }
 
-    fn offset(unit: &[f32]) -> f32 {
-        let sum: f64 = unit.iter().map(|x| f64::from(*x)).sum();
-        (f64::from(-EXCESS) * sum) as f32
+    /// Of both chains at the beginning and in the middle, and of their sum at the end.
+    fn offsets(unit: &[f32], to: &mut [f32]) {
+        let mut half = [[0.0f64; 2]; 2];
+        for (p, x) in unit.iter().enumerate() {
+            half[p / (BLOCK / 2)][p % 4 / 2] -= f64::from(EXCESS / 2.0) * f64::from(*x);
+        }
+        let [[a, b], [c, d]] = half;
+        to.copy_from_slice(&[a, b, a + c, b + d, c + d].map(|x| x as f32));
     }
 
     #[inline(always)]
@@ -104,38 +114,54 @@ impl Coding for Int8 {
         let units = groups.chunks_exact(step * (1 + BLOCK / 4));
         let left = strip.left.as_chunks::<4>().0.as_chunks::<M>().0;
         let left = left.as_chunks::<{ BLOCK / 4 }>().0;
-        let offsets = strip.offsets.as_chunks::<M>().0;
+        let offsets = strip.offsets.as_chunks::<{ Self::OFFSETS }>().0.as_chunks::<M>().0;
         let mut acc = [[l.zero(); W]; M];
         for ((unit, x), offsets) in units.zip(left).zip(offsets) {
             let mut low = [[l.zero(); W]; M];
             let mut high = [[l.zero(); W]; M];
-            for i in 0..M {
-                low[i] = [l.splat(offsets[i]); W];
-            }
             super::tile::ask(l, &unit[0], strip.ahead);
-            for (words, x) in unit[step + strip.group..].iter().step_by(step).zip(x) {
-                super::tile::ask(l, words, strip.ahead);
-                let mut q = [[l.zero(); 4]; W];
-                for j in 0..W {
-                    q[j] = four(l, words[j]);
-                }
+            let mut rows = unit[step + strip.group..].iter().step_by(step).zip(x);
+            for half in 0..2 {
                 for i in 0..M {
-                    let [a, b, c, d] =
-                        [l.splat(x[i][0]), l.splat(x[i][1]), l.splat(x[i][2]), l.splat(x[i][3])];
+                    let [a, b] = [0, 1].map(
+                        #[inline(always)]
+                        |chain| l.splat(offsets[i][2 * half + chain]),
+                    );
                     for j in 0..W {
-                        low[i][j] = l.mul_add(a, q[j][0], low[i][j]);
-                        high[i][j] = l.mul_add(c, q[j][2], high[i][j]);
+                        low[i][j] = l.add(low[i][j], a);
+                        high[i][j] = l.add(high[i][j], b);
                     }
+                }
+                for (words, x) in rows.by_ref().take(BLOCK / 8) {
+                    super::tile::ask(l, words, strip.ahead);
+                    let mut q = [[l.zero(); 4]; W];
                     for j in 0..W {
-                        low[i][j] = l.mul_add(b, q[j][1], low[i][j]);
-                        high[i][j] = l.mul_add(d, q[j][3], high[i][j]);
+                        q[j] = four(l, words[j]);
+                    }
+                    for i in 0..M {
+                        let [a, b, c, d] = [
+                            l.splat(x[i][0]),
+                            l.splat(x[i][1]),
+                            l.splat(x[i][2]),
+                            l.splat(x[i][3]),
+                        ];
+                        for j in 0..W {
+                            low[i][j] = l.mul_add(a, q[j][0], low[i][j]);
+                            high[i][j] = l.mul_add(c, q[j][2], high[i][j]);
+                        }
+                        for j in 0..W {
+                            low[i][j] = l.mul_add(b, q[j][1], low[i][j]);
+                            high[i][j] = l.mul_add(d, q[j][3], high[i][j]);
+                        }
                     }
                 }
             }
             let scale = &unit[strip.group];
             for i in 0..M {
+                let end = l.splat(offsets[i][4]);
                 for j in 0..W {
-                    acc[i][j] = l.mul_add(scale[j], l.add(low[i][j], high[i][j]), acc[i][j]);
+                    let sum = l.add(l.add(low[i][j], high[i][j]), end);
+                    acc[i][j] = l.mul_add(scale[j], sum, acc[i][j]);
                 }
             }
         }

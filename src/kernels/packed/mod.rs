@@ -40,6 +40,8 @@ pub trait Coding: Copy + Send + Sync + core::fmt::Debug + 'static {
     const WORDS: usize;
     /// Rows of a left operand that one word meets.
     const STEP: usize;
+    /// Summands of a unit of a left row.
+    const OFFSETS: usize;
 
     /// Stores a panel, whose column `j` is `columns[j * k ..][..k]`.
     fn pack(columns: &[f32], k: usize, panel: &mut [u32]);
@@ -47,8 +49,8 @@ pub trait Coding: Copy + Send + Sync + core::fmt::Debug + 'static {
     fn column(panel: &[u32], j: usize, out: &mut [f32]);
     /// Rows of a left operand that a tile takes at most with vectors of `lanes`.
     fn rows(lanes: usize) -> usize;
-    /// The summand that a unit of a left row brings along.
-    fn offset(unit: &[f32]) -> f32;
+    /// Writes the [`OFFSETS`](Self::OFFSETS) summands that a unit of a left row brings along.
+    fn offsets(unit: &[f32], to: &mut [f32]);
     /// Writes the rows of one unit (`[rows, PANEL]`, perhaps fewer than [`UNIT`](Self::UNIT)).
     fn unpack<L: Lanes>(l: L, words: &[f32], dst: &mut [f32]);
     /// `left * panel` for some vectors of its columns.
@@ -65,7 +67,7 @@ pub struct Strip<'a> {
     pub group: usize,
     /// `[k / STEP, M, STEP]`
     pub left: &'a [f32],
-    /// `[k / UNIT, M]`
+    /// `[k / UNIT, M, OFFSETS]`
     pub offsets: &'a [f32],
     /// Bytes from a word to the one that is asked for meanwhile.
     pub ahead: usize,

@@ -27,9 +27,14 @@ fn depth<C: Coding>(k: usize) -> usize {
     k.next_multiple_of(C::UNIT)
 }
 
+/// Summands that a row of the left operand brings along.
+fn offsets<C: Coding>(k: usize) -> usize {
+    k.div_ceil(C::UNIT) * C::OFFSETS
+}
+
 /// Scratch bytes of [`few`].
 pub(super) fn bytes<C: Coding>(m: usize, k: usize) -> usize {
-    bytes_of::<f32>(m * depth::<C>(k)) + bytes_of::<f32>(m * k.div_ceil(C::UNIT))
+    bytes_of::<f32>(m * depth::<C>(k)) + bytes_of::<f32>(m * offsets::<C>(k))
 }
 
 /// Rows of the next tile.
@@ -40,13 +45,13 @@ fn height(rows: usize, most: usize) -> usize {
 /// Each panel against all rows while it is in the caches.
 pub(super) fn few<B: Backend, C: Coding>(b: B, p: Packed<'_, C>, scratch: &mut Cut<'_>) {
     let ([m, k], [_, n]) = (p.left.shape(), p.out.shape());
-    let (depth, units, most) = (depth::<C>(k), k.div_ceil(C::UNIT), C::rows(B::L::N));
+    let (depth, extra, most) = (depth::<C>(k), offsets::<C>(k), C::rows(B::L::N));
     let left = scratch.take::<f32>(m * depth);
-    let offsets = scratch.take::<f32>(m * units);
+    let offsets = scratch.take::<f32>(m * extra);
     let mut i = 0;
     while i < m {
         let tall = height(m - i, most);
-        let (left, offsets) = (&mut left[i * depth..], &mut offsets[i * units..]);
+        let (left, offsets) = (&mut left[i * depth..], &mut offsets[i * extra..]);
         interleave::<C>(p.left.slice(0, i, i + tall), left, offsets);
         i += tall;
     }
@@ -60,7 +65,7 @@ pub(super) fn few<B: Backend, C: Coding>(b: B, p: Packed<'_, C>, scratch: &mut C
                 panel,
                 group: 0,
                 left: &left[i * depth..][..tall * depth],
-                offsets: &offsets[i * units..][..tall * units],
+                offsets: &offsets[i * extra..][..tall * extra],
                 ahead: if i == 0 { AHEAD } else { 0 },
             };
             let store = &mut store;
@@ -82,7 +87,7 @@ fn interleave<C: Coding>(rows: View<'_, f32, 2>, left: &mut [f32], offsets: &mut
     for i in 0..m {
         let row = rows.row([i, 0]);
         for (p, unit) in row.chunks(C::UNIT).enumerate() {
-            offsets[p * m + i] = C::offset(unit);
+            C::offsets(unit, &mut offsets[(p * m + i) * C::OFFSETS..][..C::OFFSETS]);
         }
         let to = left.chunks_exact_mut(C::STEP).skip(i).step_by(m);
         let mut parts = row.chunks(C::STEP);
