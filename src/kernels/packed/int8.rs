@@ -7,8 +7,7 @@
 //! per block, is known before the weights are read.
 //!
 //! Two chains of sums take the rows of a block, and what their numbers are too large by costs accuracy. So a chain
-//! begins at minus half of what its first half of rows will have too much, and is shifted in the middle, for the
-//! second half, and at the end: it stays near zero all the way.
+//! begins at minus half of what it will have too much, and the other half is taken off at the end: it passes by zero.
 
 use super::{Coding, Strip};
 use crate::simd::{Lanes, PANEL};
@@ -43,7 +42,7 @@ impl Coding for Int8 {
     const UNIT: usize = BLOCK;
     const WORDS: usize = PANEL + BLOCK / 4 * PANEL;
     const STEP: usize = 4;
-    const OFFSETS: usize = 5;
+    const OFFSETS: usize = 3;
 
     fn pack(columns: &[f32], k: usize, panel: &mut [u32]) {
         for (b, unit) in panel.chunks_exact_mut(Self::WORDS).enumerate() {
@@ -80,14 +79,14 @@ impl Coding for Int8 {
         4
     }
 
-    /// Of both chains at the beginning and in the middle, and of their sum at the end.
+    /// Of both chains at the beginning, and of their sum at the end.
     fn offsets(unit: &[f32], to: &mut [f32]) {
-        let mut half = [[0.0f64; 2]; 2];
+        let mut half = [0.0f64; 2];
         for (p, x) in unit.iter().enumerate() {
-            half[p / (BLOCK / 2)][p % 4 / 2] -= f64::from(EXCESS / 2.0) * f64::from(*x);
+            half[p % 4 / 2] -= f64::from(EXCESS / 2.0) * f64::from(*x);
         }
-        let [[a, b], [c, d]] = half;
-        to.copy_from_slice(&[a, b, a + c, b + d, c + d].map(|x| x as f32));
+        let [low, high] = half;
+        to.copy_from_slice(&[low, high, low + high].map(|x| x as f32));
     }
 
     #[inline(always)]
@@ -120,45 +119,32 @@ impl Coding for Int8 {
             let mut low = [[l.zero(); W]; M];
             let mut high = [[l.zero(); W]; M];
             super::tile::ask(l, &unit[0], strip.ahead);
-            let mut rows = unit[step + strip.group..].iter().step_by(step).zip(x);
-            for half in 0..2 {
-                for i in 0..M {
-                    let [a, b] = [0, 1].map(
-                        #[inline(always)]
-                        |chain| l.splat(offsets[i][2 * half + chain]),
-                    );
-                    for j in 0..W {
-                        low[i][j] = l.add(low[i][j], a);
-                        high[i][j] = l.add(high[i][j], b);
-                    }
+            for i in 0..M {
+                low[i] = [l.splat(offsets[i][0]); W];
+                high[i] = [l.splat(offsets[i][1]); W];
+            }
+            for (words, x) in unit[step + strip.group..].iter().step_by(step).zip(x) {
+                super::tile::ask(l, words, strip.ahead);
+                let mut q = [[l.zero(); 4]; W];
+                for j in 0..W {
+                    q[j] = four(l, words[j]);
                 }
-                for (words, x) in rows.by_ref().take(BLOCK / 8) {
-                    super::tile::ask(l, words, strip.ahead);
-                    let mut q = [[l.zero(); 4]; W];
+                for i in 0..M {
+                    let [a, b, c, d] =
+                        [l.splat(x[i][0]), l.splat(x[i][1]), l.splat(x[i][2]), l.splat(x[i][3])];
                     for j in 0..W {
-                        q[j] = four(l, words[j]);
+                        low[i][j] = l.mul_add(a, q[j][0], low[i][j]);
+                        high[i][j] = l.mul_add(c, q[j][2], high[i][j]);
                     }
-                    for i in 0..M {
-                        let [a, b, c, d] = [
-                            l.splat(x[i][0]),
-                            l.splat(x[i][1]),
-                            l.splat(x[i][2]),
-                            l.splat(x[i][3]),
-                        ];
-                        for j in 0..W {
-                            low[i][j] = l.mul_add(a, q[j][0], low[i][j]);
-                            high[i][j] = l.mul_add(c, q[j][2], high[i][j]);
-                        }
-                        for j in 0..W {
-                            low[i][j] = l.mul_add(b, q[j][1], low[i][j]);
-                            high[i][j] = l.mul_add(d, q[j][3], high[i][j]);
-                        }
+                    for j in 0..W {
+                        low[i][j] = l.mul_add(b, q[j][1], low[i][j]);
+                        high[i][j] = l.mul_add(d, q[j][3], high[i][j]);
                     }
                 }
             }
             let scale = &unit[strip.group];
             for i in 0..M {
-                let end = l.splat(offsets[i][4]);
+                let end = l.splat(offsets[i][2]);
                 for j in 0..W {
                     let sum = l.add(l.add(low[i][j], high[i][j]), end);
                     acc[i][j] = l.mul_add(scale[j], sum, acc[i][j]);
