@@ -31,7 +31,7 @@ def build(folder, programs, options):
     command = ["cargo", "test", "--no-run", *options]
     for program in programs:
         command += ["--test", program]
-    target = os.environ.get("CARGO_TARGET_DIR", os.path.join(here, "target"))
+    target = os.path.join(here, os.environ.get("CARGO_TARGET_DIR", "target"))
     env = dict(os.environ, CARGO_TARGET_DIR=target)
     log = subprocess.run(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
     if log.returncode != 0:
