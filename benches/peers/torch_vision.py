@@ -7,27 +7,19 @@ Modes: eager; ort, the same graph exported to ONNX.
 """
 import argparse
 import io
-import json
-import os
-import statistics
-import time
+
+import timing
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 names = ["deit_t", "deit_s", "agent_deit_t", "agent_deit_s", "swin_t", "agent_swin_t", "flatten_swin_t"]
 p.add_argument("--what", choices=names, default="deit_t")
 p.add_argument("--res", type=int, default=224)
 p.add_argument("--mode", choices=["eager", "ort"], default="eager")
-p.add_argument("--reps", type=int, default=5)
-p.add_argument("--threads", type=int, default=1)
-a = p.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(a.threads)
+a = timing.arguments(p)
 
 import timm
 import torch
 from torch import nn
-
-torch.set_num_threads(a.threads)
-torch.manual_seed(1)
 
 
 class AgentAttention(nn.Module):
@@ -77,11 +69,4 @@ else:
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     run = lambda: session.run(None, feed)
-with torch.inference_mode():
-    times = []
-    for _ in range(2 + a.reps):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-times = times[2:]
-print(json.dumps({**vars(a), "median_s": statistics.median(times), "min_s": min(times)}))
+timing.report(a, run)
