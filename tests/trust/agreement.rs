@@ -72,13 +72,9 @@ fn instruction_sets_agree() {
                 }
                 let what = format!("{name} {i}, {} {}: {error:.1e}", engine.isa, engine.name());
                 // Layers and gradients go through several products.
-                let operation = !way_back && !LAYERS.iter().any(|(layer, _)| *layer == name);
-                let own = match engine.precision {
-                    Precision::F32 if way_back => BACK,
-                    Precision::F32 => F32,
-                    _ => 1e-5,
-                };
-                assert!(error <= engine.tolerance(own, operation), "{what}");
+                let deep = way_back || LAYERS.iter().any(|(layer, _)| *layer == name);
+                let own = if way_back { BACK } else { F32 };
+                assert!(error <= engine.bound(own, deep), "{what}");
                 if engine.precision != Precision::F32 {
                     println!("{what}");
                 } else if error > worst[usize::from(way_back)].0 {
