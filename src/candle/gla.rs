@@ -2,7 +2,7 @@
 //! to the backward pass here instead of becoming tensors, each of which would cost a sum of gradients.
 
 use super::Result;
-use super::call::{Arg, Op, apply1, apply3, floats};
+use super::call::{Arg, Op, apply1, apply2, apply3, floats};
 use super::stream::{Kept, Stream};
 use crate::attention::lightning::LightningAttention;
 use crate::attention::{Gradients, Inputs, State};
@@ -17,23 +17,42 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub(super) struct Gla {
     pub config: GlaConfig,
-    pub theta: Option<Lrpe>,
+    /// Whether queries and keys are turned by learned angles.
+    pub lrpe: bool,
     pub attention: LightningAttention,
 }
 
-/// `[x +] mix(norm(x) Wqkvu^T) Wout^T` with `mix = SRMSNorm(lightning(lrpe(act(q)), lrpe(act(k)), v)) * u`.
+/// `[x +] mix(norm(x) Wqkvu^T) Wout^T` with `mix = SRMSNorm(lightning(lrpe(act(q)), lrpe(act(k)), v)) * u`. The angles,
+/// `hidden` of them, travel as a last row of `Wout`: candle's interface takes three tensors.
 pub(super) fn attend(
     rt: &Arc<Runtime>,
     gla: &Gla,
     stream: Stream,
     [x, qkvu, out]: [&Tensor; 3],
+    theta: Option<&Tensor>,
 ) -> Result<Tensor> {
-    apply3(rt, Layer { gla: gla.clone(), stream, kept: Kept::new() }, [x, qkvu, out])
+    let layer = Layer { gla: gla.clone(), stream, kept: Kept::new() };
+    match theta {
+        Some(theta) => {
+            let last = theta.reshape((1, gla.config.hidden_dim))?;
+            apply3(rt, layer, [x, qkvu, &Tensor::cat(&[out, &last], 0)?])
+        }
+        None => apply3(rt, layer, [x, qkvu, out]),
+    }
 }
 
 /// The mix alone, of `[batch, len, 4 hidden]`: between maps with biases.
-pub(super) fn mix(rt: &Arc<Runtime>, gla: &Gla, qkvu: &Tensor) -> Result<Tensor> {
-    apply1(rt, Mix { gla: gla.clone(), kept: Kept::new() }, qkvu)
+pub(super) fn mix(
+    rt: &Arc<Runtime>,
+    gla: &Gla,
+    qkvu: &Tensor,
+    theta: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mix = Mix { gla: gla.clone(), kept: Kept::new() };
+    match theta {
+        Some(theta) => apply2(rt, mix, [qkvu, &theta.flatten_all()?]),
+        None => apply1(rt, mix, qkvu),
+    }
 }
 
 struct Mix {
@@ -51,6 +70,7 @@ struct Layer {
 struct Passed {
     /// `[batch, len, 4 hidden]`
     qkvu: Vec<f32>,
+    lrpe: Option<Lrpe>,
     /// Queries and keys as attention takes them, `[batch, len, heads, width]`.
     q: Vec<f32>,
     k: Vec<f32>,
@@ -63,23 +83,31 @@ struct Passed {
 const OP: &str = "gated linear attention";
 
 impl Gla {
-    fn run(&self, rt: &Runtime, [batch, len]: [usize; 2], qkvu: Vec<f32>) -> Outcome<Passed> {
+    /// From angles, if there are any, of all heads one after the other.
+    fn run(
+        &self,
+        rt: &Runtime,
+        [batch, len]: [usize; 2],
+        qkvu: Vec<f32>,
+        theta: Option<&[f32]>,
+    ) -> Outcome<Passed> {
         let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
         let all = View::new(&qkvu, [batch, len, 4 * h])?;
         let [q, k, v] = [0, 1, 2].map(|i| all.slice(2, i * h, (i + 1) * h));
         let v = v.split_heads(heads)?;
         let narrow = v.shape();
         let mut wide = narrow;
-        if self.theta.is_some() {
+        let lrpe = theta.map(|x| Lrpe::new(View::new(x, [heads, narrow[3]])?)).transpose()?;
+        if lrpe.is_some() {
             wide[3] *= 2;
         }
         let turn = |x: View<'_, f32, 3>| -> Outcome<Vec<f32>> {
             let x = x.merge_rows()?;
             let mut own = vec![0.0; batch * len * h];
             pointwise::activate(rt, act, x, ViewMut::new(&mut own, x.shape())?)?;
-            let Some(theta) = &self.theta else { return Ok(own) };
+            let Some(lrpe) = &lrpe else { return Ok(own) };
             let mut turned = vec![0.0; 2 * own.len()];
-            theta.forward(rt, View::new(&own, narrow)?, 0, ViewMut::new(&mut turned, wide)?)?;
+            lrpe.forward(rt, View::new(&own, narrow)?, 0, ViewMut::new(&mut turned, wide)?)?;
             Ok(turned)
         };
         let (q, k) = (turn(q)?, turn(k)?);
@@ -90,7 +118,7 @@ impl Gla {
         let rows = [batch * len, h];
         let norm = Norm::simple_rms(norm_eps)?;
         norm.forward(rt, View::new(&o, rows)?, ViewMut::new(&mut normed, rows)?)?;
-        Ok(Passed { qkvu, q, k, wide, o, normed })
+        Ok(Passed { qkvu, lrpe, q, k, wide, o, normed })
     }
 
     /// `normed * u`
@@ -104,10 +132,17 @@ impl Gla {
         Ok(mixed)
     }
 
-    /// The gradient of `qkvu` from that of [`gated`](Self::gated), whose memory serves others behind it.
-    fn back(&self, rt: &Runtime, kept: &Passed, mut dmixed: Vec<f32>) -> Outcome<Vec<f32>> {
+    /// The gradient of `qkvu` from that of [`gated`](Self::gated), whose memory serves others behind it, and that of the
+    /// angles, which is overwritten.
+    fn back(
+        &self,
+        rt: &Runtime,
+        kept: &Passed,
+        mut dmixed: Vec<f32>,
+        dtheta: &mut [f32],
+    ) -> Outcome<Vec<f32>> {
         let GlaConfig { heads, hidden_dim: h, act, norm_eps, .. } = self.config;
-        let Passed { qkvu, q, k, wide, o, normed } = kept;
+        let Passed { qkvu, lrpe, q, k, wide, o, normed } = kept;
         let (wide @ [batch, len, ..], rows) = (*wide, [o.len() / h.max(1), h]);
         let narrow = [batch, len, heads, h / heads];
         let all = View::new(qkvu, [batch, len, 4 * h])?;
@@ -141,17 +176,30 @@ impl Gla {
             state: None,
         };
         self.attention.backward(rt, Inputs { q, k, v, state: None, dout }, grads)?;
+        dtheta.fill(0.0);
         for (turned, x, to) in [(&wide_q, parts[0], dq), (&wide_k, parts[1], dk)] {
+            let (x, to) = (x.merge_rows()?, to.merge_rows()?);
             let mut flat = turned;
-            if let Some(theta) = &self.theta {
-                let back = ViewMut::new(&mut dmixed, narrow)?;
-                theta.backward(rt, 0, View::new(turned, wide)?, back)?;
+            if let Some(lrpe) = lrpe {
+                let (dturned, mut part) = (View::new(turned, wide)?, vec![0.0; dtheta.len()]);
+                pointwise::activate(rt, act, x, ViewMut::new(&mut dmixed, rows)?)?;
+                let (own, angles) = (View::new(&dmixed, narrow)?, [heads, narrow[3]]);
+                lrpe.backward_angles(rt, own, 0, dturned, ViewMut::new(&mut part, angles)?)?;
+                dtheta.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+                lrpe.backward(rt, 0, dturned, ViewMut::new(&mut dmixed, narrow)?)?;
                 flat = &dmixed;
             }
-            let (x, to) = (x.merge_rows()?, to.merge_rows()?);
             pointwise::activate_backward(rt, act, x, View::new(flat, rows)?, to)?;
         }
         Ok(grad)
+    }
+}
+
+impl Layer {
+    /// The weights of the last map, and the angles.
+    fn parts<'a>(&self, out: View<'a, f32, 2>) -> (View<'a, f32, 2>, Option<&'a [f32]>) {
+        let rows = out.shape()[0] - usize::from(self.gla.lrpe);
+        (out.slice(0, 0, rows), self.gla.lrpe.then(|| out.row([rows, 0])))
     }
 }
 
@@ -169,7 +217,7 @@ impl Op<3> for Layer {
             false => Err(Error::shape(OP, arg, alloc::format!("{letters} = {expected:?}"), got)),
         };
         fits("qkvu", "[4 hidden, embed]", wide, qkvu)?;
-        fits("out", "[embed, hidden]", [width, hidden], out)?;
+        fits("out", "[embed, hidden]", [width + usize::from(self.gla.lrpe), hidden], out)?;
         Ok(x.to_vec())
     }
 
@@ -181,12 +229,13 @@ impl Op<3> for Layer {
     ) -> Outcome<()> {
         let [batch, len] = [x.shape()[0], x.shape()[1]];
         let (x, w, wout) = (x.float(), qkvu.float(), out.float());
-        let (x, w, wout) = (x.rows()?, w.view::<2>(OP, "qkvu")?, wout.view::<2>(OP, "out")?);
+        let (x, w) = (x.rows()?, w.view::<2>(OP, "qkvu")?);
+        let (wout, theta) = self.parts(wout.view(OP, "out")?);
         let [n, h4] = [x.shape()[0], w.shape()[0]];
         let mut all = vec![0.0; n * h4];
         self.stream
             .normed(rt, x, |x| affine::forward(rt, x, w, None, ViewMut::new(&mut all, [n, h4])?))?;
-        let kept = self.gla.run(rt, [batch, len], all)?;
+        let kept = self.gla.run(rt, [batch, len], all, theta)?;
         let mixed = self.gla.gated(rt, &kept)?;
         floats([to], |[to]| {
             let mixed = View::new(&mixed, [n, wout.shape()[1]])?;
@@ -206,16 +255,18 @@ impl Op<3> for Layer {
     ) -> Outcome<()> {
         let kept = self.kept.get(OP)?;
         let (x, w, wout, dout) = (x.float(), qkvu.float(), out.float(), dout.float());
-        let (x, w, wout) = (x.rows()?, w.view::<2>(OP, "qkvu")?, wout.view::<2>(OP, "out")?);
+        let (x, w) = (x.rows()?, w.view::<2>(OP, "qkvu")?);
+        let (wout, _) = self.parts(wout.view(OP, "out")?);
         let dout = dout.rows()?;
         let [n, h] = [x.shape()[0], wout.shape()[1]];
         expect_shape(OP, "dout", "[rows, embed]", x.shape(), dout.shape())?;
         floats(grads, |[dx, dw, dwout]| {
             let mut dmixed = vec![0.0; n * h];
             let mixed = self.gla.gated(rt, kept)?;
+            let (dwout, dtheta) = dwout.split_at_mut(wout.shape()[0] * h);
             let to = [ViewMut::new(&mut dmixed, [n, h])?, ViewMut::new(dwout, wout.shape())?];
             affine::backward(rt, View::new(&mixed, [n, h])?, wout, dout, to, None)?;
-            let all = self.gla.back(rt, kept, dmixed)?;
+            let all = self.gla.back(rt, kept, dmixed, dtheta)?;
             let all = View::new(&all, [n, w.shape()[0]])?;
             self.stream.back(rt, [x, dout], dx, |x, dx| {
                 affine::backward(rt, x, w, all, [dx, ViewMut::new(dw, w.shape())?], None)
@@ -224,27 +275,29 @@ impl Op<3> for Layer {
     }
 }
 
-impl Op<1> for Mix {
+/// Of all projections, and of the angles if there are any.
+impl<const K: usize> Op<K> for Mix {
     const NAME: &'static str = OP;
 
-    fn shape(&self, [qkvu]: [&[usize]; 1]) -> Outcome<Vec<usize>> {
+    fn shape(&self, args: [&[usize]; K]) -> Outcome<Vec<usize>> {
         let hidden = self.gla.config.hidden_dim;
-        match *qkvu {
+        match *args[0] {
             [batch, len, width] if hidden.checked_mul(4) == Some(width) => {
                 Ok(vec![batch, len, hidden])
             }
-            _ => Err(Error::shape(OP, "qkvu", "[batch, len, 4 hidden]", qkvu)),
+            _ => Err(Error::shape(OP, "qkvu", "[batch, len, 4 hidden]", args[0])),
         }
     }
 
     fn forward<E: Element>(
         &self,
         rt: &Runtime,
-        [qkvu]: [Arg<'_, E>; 1],
+        args: [Arg<'_, E>; K],
         to: &mut [E],
     ) -> Outcome<()> {
-        let size = [qkvu.shape()[0], qkvu.shape()[1]];
-        let kept = self.gla.run(rt, size, qkvu.to_vec())?;
+        let size = [args[0].shape()[0], args[0].shape()[1]];
+        let theta = args.get(1).map(Arg::to_vec);
+        let kept = self.gla.run(rt, size, args[0].to_vec(), theta.as_deref())?;
         let mixed = self.gla.gated(rt, &kept)?;
         to.iter_mut().zip(mixed).for_each(|(to, x)| *to = E::from_f32(x));
         self.kept.keep(kept);
@@ -254,13 +307,16 @@ impl Op<1> for Mix {
     fn backward<E: Element>(
         &self,
         rt: &Runtime,
-        _: [Arg<'_, E>; 1],
+        args: [Arg<'_, E>; K],
         dout: Arg<'_, E>,
-        [grad]: [&mut [E]; 1],
+        grads: [&mut [E]; K],
     ) -> Outcome<()> {
         let kept = self.kept.get(OP)?;
-        let all = self.gla.back(rt, kept, dout.to_vec())?;
-        grad.iter_mut().zip(all).for_each(|(to, x)| *to = E::from_f32(x));
+        let mut dtheta = args.get(1).map(Arg::to_vec).unwrap_or_default();
+        let all = self.gla.back(rt, kept, dout.to_vec(), &mut dtheta)?;
+        for (grad, own) in grads.into_iter().zip([all, dtheta]) {
+            grad.iter_mut().zip(own).for_each(|(to, x)| *to = E::from_f32(x));
+        }
         Ok(())
     }
 }

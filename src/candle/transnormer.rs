@@ -2,7 +2,6 @@
 
 use super::gla::{self, Gla};
 use super::linear::{embed, embedding_and_head};
-use super::positions::angles;
 use super::sglu;
 use super::stream::Stream;
 use super::{Linear, Result, gate, srms_norm, wrap};
@@ -15,12 +14,13 @@ use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
 /// The token mixer, as [`layers::GatedLinearAttention`](crate::layers::GatedLinearAttention); parameters `qkvu_proj`,
-/// `out_proj` and, with LRPE, `lrpe.theta`, which is not trained.
+/// `out_proj` and, with LRPE, `lrpe.theta`.
 #[derive(Clone, Debug)]
 pub struct GatedLinearAttention {
     rt: Arc<Runtime>,
     qkvu_proj: Linear,
     gla: Gla,
+    theta: Option<Tensor>,
     out_proj: Linear,
 }
 
@@ -44,11 +44,8 @@ impl GatedLinearAttention {
         Ok(Self {
             rt: rt.clone(),
             qkvu_proj: Linear::load(rt, [embed_dim, 4 * hidden_dim], bias, vb.pp("qkvu_proj"))?,
-            gla: Gla {
-                config,
-                theta: theta.transpose()?.map(|t| angles(&t)).transpose()?,
-                attention: LightningAttention::new(slopes).map_err(wrap)?,
-            },
+            gla: Gla { config, lrpe, attention: LightningAttention::new(slopes).map_err(wrap)? },
+            theta: theta.transpose()?,
             out_proj: Linear::load(rt, [hidden_dim, embed_dim], bias, vb.pp("out_proj"))?,
         })
     }
@@ -56,11 +53,12 @@ impl GatedLinearAttention {
 
 impl GatedLinearAttention {
     fn run(&self, x: &Tensor, stream: Stream) -> Result<Tensor> {
-        if let Some([qkvu, out]) = Linear::plain([&self.qkvu_proj, &self.out_proj]) {
-            return gla::attend(&self.rt, &self.gla, stream, [x, qkvu, out]);
+        let Self { rt, qkvu_proj, gla, theta, out_proj } = self;
+        if let Some([qkvu, out]) = Linear::plain([qkvu_proj, out_proj]) {
+            return gla::attend(rt, gla, stream, [x, qkvu, out], theta.as_ref());
         }
-        stream.around(&self.rt, x, |x| {
-            self.out_proj.forward(&gla::mix(&self.rt, &self.gla, &self.qkvu_proj.forward(x)?)?)
+        stream.around(rt, x, |x| {
+            out_proj.forward(&gla::mix(rt, gla, &qkvu_proj.forward(x)?, theta.as_ref())?)
         })
     }
 }
