@@ -6,7 +6,7 @@
 Matched exactly: the initial weights and the configuration, which are read from the file; the order of the data, which is
 computed from the seed as `text.rs` does; the schedule, AdamW and the length of gradients; the text, which must be the same
 files. Lightning attention is computed as two products with a table of decays between, or in chunks (`--chunk`), which is
-slower for short sequences; softmax attention by PyTorch's own operation.
+slower for short sequences; softmax attention by PyTorch's own operation; mixed chunk attention for all chunks at once.
 """
 
 import argparse
@@ -74,8 +74,8 @@ class TransNormer:
         ]
         self.tables = {}
 
-    def trainable(self, name):
-        return not name.endswith("theta")
+    def trainable(self, _):
+        return True
 
     def lightning(self, q, k, v, layer):
         n, slopes = q.shape[2], self.slopes[layer]
@@ -161,6 +161,63 @@ class Transformer:
         return self.norm(x, "norm") @ w["embed.weight"].T
 
 
+class Flash:
+    """FLASH as a causal language model: ScaleNorm, shifted tokens, mixed chunk attention with a bias by distance."""
+
+    def __init__(self, config, weights, _):
+        self.w, self.layers, self.chunk = weights, config["depth"], config["group_size"]
+        self.s, self.rotary = config["query_key_dim"], weights["layers.0.rotary_pos_emb.freqs"]
+        i = torch.arange(self.chunk)
+        gap = (i[:, None] - i[None, :]).clamp(min=0)
+        ends = torch.tensor([19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113])
+        self.bucket = torch.where(gap < 16, gap, 16 + torch.bucketize(gap, ends, right=True))
+        self.mask = (i[:, None] >= i[None, :]).float()
+
+    def trainable(self, name):
+        return not name.endswith(("freqs", "inv_freq"))
+
+    def attend(self, heads, v, name):
+        table = self.w[name + "rel_pos_bias.relative_attention_bias.weight"]
+        bias = table[:, 0][self.bucket] * math.sqrt(self.s)
+        batch, n, e = v.shape
+        assert n % self.chunk == 0, "chunks must divide the length"
+        quad_q, lin_q, quad_k, lin_k = (x.reshape(batch, -1, self.chunk, self.s) for x in heads.unbind(2))
+        v = v.reshape(batch, -1, self.chunk, e)
+        scores = F.relu(quad_q @ quad_k.mT / self.chunk + bias).square() * self.mask
+        sums = (lin_k.mT @ v / self.chunk).cumsum(1)
+        before = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
+        return (scores @ v + lin_q @ before).reshape(batch, n, e)
+
+    def __call__(self, tokens):
+        w = self.w
+        x = F.embedding(tokens, w["token_emb.weight"])
+        batch, n, width = x.shape
+        at = torch.arange(n, dtype=torch.float64)[:, None]
+        angle = (at * w["abs_pos_emb.inv_freq"].double()).float()
+        x = x + w["abs_pos_emb.scale"] * torch.cat([angle.sin(), angle.cos()], -1)
+        angle = (at * self.rotary.double()).float()[:, None, :]
+        cos, sin = angle.cos(), angle.sin()
+        for l in range(self.layers):
+            name = f"layers.{l}."
+            linear = lambda x, part: F.linear(x, w[name + part + ".weight"], w[name + part + ".bias"])
+            y = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-5) * w[name + "norm.g"]
+            half = (width + 1) // 2
+            y = torch.cat([F.pad(y[..., :half], (0, 0, 1, -1)), y[..., half:]], -1)
+            v, gate = F.silu(linear(y, "to_hidden.0")).chunk(2, -1)
+            z = F.silu(linear(y, "to_qk.0"))
+            heads = z[:, :, None] * w[name + "qk_offset_scale.gamma"] + w[name + "qk_offset_scale.beta"]
+            turned, rest = heads.split([2 * angle.shape[-1], self.s - 2 * angle.shape[-1]], -1)
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            mixed = self.attend(torch.cat([turned, rest], -1), v, name)
+            x = x + linear(gate * mixed, "to_out")
+        x = F.layer_norm(x, (width,), w["to_logits.0.weight"], w["to_logits.0.bias"], 1e-5)
+        return F.linear(x, w["to_logits.1.weight"], w["to_logits.1.bias"])
+
+
+KINDS = {"transnormer": TransNormer, "transformer_pp": Transformer, "flash": Flash}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--init", required=True, help="what `train --init-only` wrote")
@@ -182,8 +239,7 @@ def main():
     with safe_open(a.init, "pt") as f:
         config = json.loads(f.metadata()["config"])
         weights = {name: f.get_tensor(name) for name in f.keys()}
-    kind = TransNormer if config.get("model_type") == "transnormer" else Transformer
-    model = kind(config, weights, a.chunk)
+    model = KINDS[config["model_type"]](config, weights, a.chunk)
     learnt = [w.requires_grad_() for name, w in sorted(weights.items()) if model.trainable(name)]
     groups = [
         {"params": [w for w in learnt if w.dim() > 1], "weight_decay": a.weight_decay},

@@ -187,7 +187,7 @@ impl Memory {
 
     /// A result that lies elsewhere, such as a state.
     pub fn also(&self, x: &[f32]) {
-        let bytes = x.iter().flat_map(|x| x.to_bits().to_le_bytes());
+        let bytes = x.iter().flat_map(|x| x.to_ne_bytes());
         self.also.borrow_mut().push(bytes.collect());
     }
 

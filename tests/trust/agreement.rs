@@ -24,7 +24,7 @@ const SIZES: [Size; 3] = [
 fn results(engine: Engine, call: Call, size: Size) -> Vec<Vec<f32>> {
     let memory = Memory::new(Place::Last, 0, 7);
     call(&engine.with_threads(Some(1)), size, &memory).expect("a good call");
-    let float = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("four bytes"));
+    let float = |b: &[u8]| f32::from_ne_bytes(b.try_into().expect("four bytes"));
     memory.results().iter().map(|out| out.chunks_exact(4).map(float).collect()).collect()
 }
 

@@ -54,7 +54,7 @@ fn refuses((name, call): (&str, Call), change: (usize, usize, usize)) -> bool {
         Err(Error::Value { .. } | Error::Layout { .. }) => {}
         Err(other) => panic!("{name}: {change:?}: {other}"),
     }
-    let nan = f32::NAN.to_le_bytes();
+    let nan = f32::NAN.to_ne_bytes();
     let untouched = memory.results().iter().flat_map(|out| out.chunks_exact(4)).all(|x| x == nan);
     assert!(untouched, "{name}: {change:?}: a refused call wrote");
     true
@@ -107,7 +107,7 @@ fn nothing_is_no_reason_to_panic() {
                         let results = memory.results();
                         let mut words = results.iter().flat_map(|out| out.chunks_exact(4));
                         let number =
-                            |x: &[u8]| f32::from_le_bytes(x.try_into().expect("four bytes"));
+                            |x: &[u8]| f32::from_ne_bytes(x.try_into().expect("four bytes"));
                         assert!(words.all(|x| number(x).is_finite()), "{name} of {size:?}");
                     }
                 }

@@ -32,7 +32,7 @@ fn check<E: Element>(rt: &Runtime, (name, call): (&str, Call), size: Size, gap: 
     assert!(first == last, "{}: depends on where operands lie", what());
     if gap == 0 && size_of::<E>() == 4 {
         let words = first.iter().flat_map(|out| out.chunks_exact(4));
-        let mut numbers = words.map(|x| f32::from_le_bytes(x.try_into().expect("four bytes")));
+        let mut numbers = words.map(|x| f32::from_ne_bytes(x.try_into().expect("four bytes")));
         assert!(numbers.all(|x| !x.is_nan()), "{}: not written, or read behind an end", what());
     }
 }

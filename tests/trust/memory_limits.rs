@@ -72,7 +72,7 @@ fn the_nth_allocation_fails() {
                 }
                 let outputs = memory.results();
                 let untouched = outputs.iter().flat_map(|out| out.chunks_exact(4));
-                let nan = f32::NAN.to_le_bytes();
+                let nan = f32::NAN.to_ne_bytes();
                 assert!(
                     untouched.into_iter().all(|x| x == nan),
                     "{name}: wrote after {n} allocations"
