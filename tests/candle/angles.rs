@@ -1,7 +1,7 @@
 //! Learned angles: the gradients that no case file has, against candle's own arithmetic in `f64`.
 
-use crate::operations::{random, values};
-use crate::support::{engines, rel_err};
+use crate::operations::{gradients, random};
+use crate::support::{engines, rel_err, widen};
 use candle_core::{D, DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use linattn::candle::{GatedLinearAttention, lrpe};
@@ -17,18 +17,6 @@ fn turn(x: &Tensor, theta: &Tensor, start: usize) -> Result<Tensor> {
     Tensor::cat(&[x.broadcast_mul(&angle.cos()?)?, x.broadcast_mul(&angle.sin()?)?], 3)
 }
 
-/// Gradients of a weighted sum of `y`.
-fn gradients(y: &Tensor, of: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
-    let weights: Vec<f64> = (0..y.elem_count()).map(|i| (i % 7) as f64 - 2.5).collect();
-    let weights = Tensor::from_vec(weights, y.shape(), y.device())?;
-    let store = (y.to_dtype(DType::F64)? * weights)?.sum_all()?.backward()?;
-    let read = |x: &&Tensor| {
-        let grad = store.get(x).expect("a gradient").to_dtype(DType::F64)?;
-        grad.flatten_all()?.to_vec1()
-    };
-    of.iter().map(read).collect()
-}
-
 fn wide(x: &Tensor) -> Result<Var> {
     Var::from_tensor(&x.to_dtype(DType::F64)?)
 }
@@ -39,16 +27,14 @@ fn lrpe_has_the_gradients_of_candle() -> Result<()> {
     println!("seed {seed}");
     let mut rng = Rng::new(seed);
     let (x, theta) = (random(&mut rng, &[2, 9, 3, 10]), random(&mut rng, &[3, 1, 10]));
-    let (a, b) = (wide(&x)?, wide(&theta)?);
-    let flat = b.as_tensor().reshape((1, 1, 3, 10))?;
-    let want = gradients(&turn(&a, &flat, 5)?, &[&a, &b])?;
-    let (x, theta) = (Var::from_tensor(&x)?, Var::from_tensor(&theta)?);
+    let args = [wide(&x)?, wide(&theta)?];
+    let want = gradients(&args, |t| turn(&t[0], &t[1].reshape((1, 1, 3, 10))?, 5))?;
+    let args = [Var::from_tensor(&x)?, Var::from_tensor(&theta)?];
     for engine in engines() {
         let rt = Arc::new(engine.runtime());
-        let got = gradients(&lrpe(&rt, &x, &theta, 5)?, &[&x, &theta])?;
+        let got = gradients(&args, |t| lrpe(&rt, &t[0], &t[1], 5))?;
         for (got, want) in got.iter().zip(&want) {
-            let got: Vec<f32> = got.iter().map(|x| *x as f32).collect();
-            let err = rel_err(&got, want);
+            let err = rel_err(got, &widen(want));
             assert!(err <= 1e-6, "{engine:?}: {err:.1e}");
         }
     }
@@ -110,21 +96,15 @@ impl Layer {
         let x = random(rng, &[2, 37, embed_dim]);
         let weights: Vec<_> =
             shapes.iter().map(|(_, s)| random(rng, s) * 0.3).collect::<Result<_>>()?;
-        let wide: Vec<_> = std::iter::once(&x).chain(&weights).map(wide).collect::<Result<_>>()?;
+        let all = || std::iter::once(&x).chain(&weights);
+        let args: Vec<_> = all().map(wide).collect::<Result<_>>()?;
         let at = |name: &str| shapes.iter().position(|s| s.0 == name).expect("a weight");
-        let y = self.naive(&wide[0], |name| wide[1 + at(name)].as_tensor().clone())?;
-        let all: Vec<_> = wide.iter().map(Var::as_tensor).collect();
-        let want = gradients(&y, &all)?;
-        let y: Vec<f64> = y.flatten_all()?.to_vec1()?;
+        let want = gradients(&args, |t| self.naive(&t[0], |name| t[1 + at(name)].clone()))?;
 
         let vars = VarMap::new();
-        for ((name, _), value) in shapes.iter().zip(&weights) {
-            vars.data()
-                .lock()
-                .expect("no other user")
-                .insert(name.to_string(), Var::from_tensor(value)?);
-        }
-        let x = Var::from_tensor(&x)?;
+        let args: Vec<_> = all().map(Var::from_tensor).collect::<Result<_>>()?;
+        let named = shapes.iter().map(|s| s.0.to_string()).zip(args[1..].iter().cloned());
+        vars.data().lock().expect("no other user").extend(named);
         let config =
             GlaConfig { embed_dim, hidden_dim, heads, act: Activation::Silu, norm_eps: 1e-6 };
         for engine in engines() {
@@ -132,16 +112,12 @@ impl Layer {
             let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
             let layer =
                 GatedLinearAttention::load(&rt, config, [self.biased, true], &self.slopes, vb)?;
-            let got = layer.forward(&x)?;
-            let mut errors = vec![("y", rel_err(&values(&got), &y))];
-            let held = vars.data().lock().expect("no other user").clone();
-            let of: Vec<_> = shapes.iter().map(|(name, _)| held[*name].as_tensor()).collect();
-            let of: Vec<_> = std::iter::once(x.as_tensor()).chain(of).collect();
-            let names = std::iter::once("x").chain(shapes.iter().map(|s| s.0));
-            for ((name, got), want) in names.zip(gradients(&got, &of)?).zip(&want) {
-                let got: Vec<f32> = got.iter().map(|x| *x as f32).collect();
-                errors.push((name, rel_err(&got, want)));
-            }
+            let got = gradients(&args, |t| layer.forward(&t[0]))?;
+            let names = ["y", "x"].into_iter().chain(shapes.iter().map(|s| s.0));
+            let error = |((name, got), want): ((_, &Vec<f32>), &Vec<f32>)| {
+                (name, rel_err(got, &widen(want)))
+            };
+            let errors: Vec<_> = names.zip(&got).zip(&want).map(error).collect();
             let tolerance = engine.bound(3e-6, true);
             assert!(errors.iter().all(|e| e.1 <= tolerance), "{engine:?}: {errors:?}");
         }

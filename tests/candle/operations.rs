@@ -36,7 +36,7 @@ fn layouts(x: &Tensor) -> Result<Vec<Tensor>> {
 }
 
 /// `f` and its gradients for a fixed gradient of the result.
-fn gradients(args: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<Vec<Vec<f32>>> {
+pub fn gradients(args: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<Vec<Vec<f32>>> {
     let tensors: Vec<_> = args.iter().map(|v| v.as_tensor().clone()).collect();
     let y = f(&tensors)?;
     // Weights that differ from element to element.
