@@ -307,12 +307,12 @@ impl<const K: usize> Op<K> for Mix {
     fn backward<E: Element>(
         &self,
         rt: &Runtime,
-        args: [Arg<'_, E>; K],
+        _: [Arg<'_, E>; K],
         dout: Arg<'_, E>,
         grads: [&mut [E]; K],
     ) -> Outcome<()> {
         let kept = self.kept.get(OP)?;
-        let mut dtheta = args.get(1).map(Arg::to_vec).unwrap_or_default();
+        let mut dtheta = vec![0.0; grads.get(1).map_or(0, |grad| grad.len())];
         let all = self.gla.back(rt, kept, dout.to_vec(), &mut dtheta)?;
         for (grad, own) in grads.into_iter().zip([all, dtheta]) {
             grad.iter_mut().zip(own).for_each(|(to, x)| *to = E::from_f32(x));

@@ -32,8 +32,6 @@ struct Angles {
 }
 
 impl Angles {
-    const NAME: &'static str = "lrpe";
-
     fn wide([batch, len, heads, dim]: [usize; 4]) -> Outcome<[usize; 4]> {
         let wide = dim.checked_mul(2);
         let wide =
@@ -52,7 +50,7 @@ impl Angles {
 }
 
 impl Op<2> for Angles {
-    const NAME: &'static str = Self::NAME;
+    const NAME: &'static str = "lrpe";
 
     fn shape(&self, [x, _]: [&[usize]; 2]) -> Outcome<Vec<usize>> {
         Ok(Self::wide(four(Self::NAME, x)?)?.to_vec())
