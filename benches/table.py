@@ -187,7 +187,7 @@ if wanted("flash"):
         others = {"package": lambda: peer("torch_flash_layer.py", "causal", n=n)} if peers else {}
         compare(f"causal, {n}", {"crate": lambda: ours("flash_layer", n=n, causal=True)}, others, "median_s", scale=1e3)
 if wanted("backward"):
-    header("Ways back, f32, one thread: ms per call", "operation, N", "forward", "backward", "backward / forward")
+    header("Backward passes, f32, one thread: ms per call", "operation, N", "forward", "backward", "backward / forward")
     rows = (("lightning", 2048, dict(dim=128)), ("lightning", 8192, dict(dim=128)), ("linear", 2048, dict(dim=64)), ("softmax", 1024, dict(dim=64)),
             ("agent", 3136, dict(dim=64)), ("mixed_chunk", 2048, {}), ("quadratic", 2048, {}))
     names = {"linear": "linear_noncausal", "quadratic": "gau"}
