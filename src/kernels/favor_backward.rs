@@ -1,4 +1,4 @@
-//! The way back through the random features of Performer.
+//! Backward pass of the random features of Performer.
 //!
 //! With `u = x W^T` as [`favor`](super::favor) has it and `D` the gradient of the features:
 //!

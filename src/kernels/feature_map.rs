@@ -248,7 +248,7 @@ fn rows_as<B: Backend, E: Element>(
 /// Elements that pass through a buffer on the stack at a time.
 const PIECE: usize = 64;
 
-/// The way back through [`map_rows`]: `dst = map'(src) * dphi`, element by element, for rows `at .. at + rows` of `src` and
+/// Backward pass of [`map_rows`]: `dst = map'(src) * dphi`, element by element, for rows `at .. at + rows` of `src` and
 /// of `dst`; the gradient of the features of row `r` is `dphi[r * stride ..]`.
 #[inline(always)]
 pub fn chain_rows<B: Backend, E: Element>(

@@ -1,4 +1,4 @@
-//! The way back through the feature map of focused linear attention.
+//! Backward pass of the feature map of focused linear attention.
 //!
 //! With `t = u / max(u)`, `y = t^p` and `D` the gradient of `phi = |u| y / |y|`:
 //!

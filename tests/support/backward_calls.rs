@@ -1,4 +1,4 @@
-//! Every way back as one call, beside those of `calls.rs`.
+//! Every backward pass as one call, beside those of `calls.rs`.
 #![allow(dead_code)] // every test program uses its own part of it
 
 use crate::calls::{Call, Size, contents};

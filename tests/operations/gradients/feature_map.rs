@@ -1,4 +1,4 @@
-//! The way back through feature maps.
+//! Backward pass of feature maps.
 
 use crate::support::{isas, normal, runtime};
 use half::{bf16, f16};
