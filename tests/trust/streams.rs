@@ -55,7 +55,8 @@ fn check(long: usize) {
     for isa in isas() {
         let rt = runtime(isa);
         let (short, long) = (stream(&rt, 10_000), stream(&rt, long));
-        println!("{isa}: {short:?} after 10000 tokens, {long:?} at the end");
+        let show = |errors: [f64; 4]| errors.map(|e| format!("{e:.1e}")).join(", ");
+        println!("{isa}: {} after 10000 tokens, {} at the end", show(short), show(long));
         for (i, bound) in [1e-6, 1e-6, 5e-5, 5e-5].into_iter().enumerate() {
             assert!(long[i] <= bound, "{isa}: slope {}: {:.1e}", SLOPES[i], long[i]);
             if SLOPES[i] >= 1e-3 {
