@@ -16,9 +16,9 @@ use super::ahead::{Ahead, Meanwhile};
 use super::attend::{Block, Plain, stage};
 use super::softmax::{Online, exp_rows, online_columns, scale_row};
 use super::staging::rows_of;
-use super::store::{Keep, Narrow, Store};
+use super::store::{Keep, Narrow, Store, Whole};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Rows of a block of keys or queries.
@@ -386,22 +386,9 @@ fn scores<B: Backend, E: Element>(
     let (s, AgentShape { n, dk, .. }, stride) = (b.scores(), work.shape, work.shape.stride());
     let left = s.pack_left(b, rows, None, m, dk, work.left);
     let product = plain(m, n, Term { left, right: B::S::right(agents, dk), k: dk });
-    let sink = Scores(&mut *work.scores, stride);
+    let sink = Whole { data: &mut *work.scores, stride };
     let mut sink = Meanwhile { sink, ahead: &mut work.ahead };
     s.product(b, &work.score_session, &product, &mut sink);
-}
-
-/// Whole tiles on their way to memory.
-struct Scores<'a>(&'a mut [f32], usize);
-
-impl<L: Lanes> Sink<L> for Scores<'_> {
-    #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let out = &mut self.0[i * self.1 + j..][..V * L::N];
-        for v in 0..V {
-            l.store(&mut out[v * L::N..], acc[v]);
-        }
-    }
 }
 
 /// `row += other`

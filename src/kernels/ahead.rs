@@ -96,7 +96,7 @@ impl Ahead {
             let begin = part.address.wrapping_add(self.column);
             let lines = (part.width - self.column).div_ceil(LINE).min(due);
             for line in 0..lines {
-                l.prefetch(begin.wrapping_add(line * LINE));
+                l.prefetch::<2>(begin.wrapping_add(line * LINE));
             }
             due -= lines;
             self.column += lines * LINE;

@@ -12,8 +12,8 @@
 
 use super::softmax::{Online, Visible, online_rows};
 use super::staging::{all_finite, partial_dot};
-use super::store::{Keep, Store};
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
+use super::store::{Keep, Store, Whole};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Queries of a block: with its keys' scores it stays in the first cache level.
@@ -273,19 +273,6 @@ impl<B: Backend> core::fmt::Debug for Attend<'_, B> {
     }
 }
 
-/// Scores on their way to memory; rows have room for whole tiles.
-struct Scores<'a>(&'a mut [f32]);
-
-impl<L: Lanes> Sink<L> for Scores<'_> {
-    #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let out = &mut self.0[i * STRIDE + j..][..V * L::N];
-        for v in 0..V {
-            l.store(&mut out[v * L::N..], acc[v]);
-        }
-    }
-}
-
 impl<B: Backend> Kernel<B> for Attend<'_, B> {
     type Output = ();
     #[inline(always)]
@@ -307,7 +294,8 @@ impl<B: Backend> Kernel<B> for Attend<'_, B> {
                     causal: false,
                     lower: false,
                 };
-                s.product(b, self.score_session, &product, &mut Scores(&mut *scores));
+                let mut sink = Whole { data: &mut *scores, stride: STRIDE };
+                s.product(b, self.score_session, &product, &mut sink);
             }
             Keys::Plain(k) => {
                 for r in 0..rows {

@@ -2,7 +2,7 @@
 
 use crate::simd::convert::Convert;
 use crate::simd::{Lanes, PANEL, Sink, each_row};
-use crate::tensor::{Element, ViewMut};
+use crate::tensor::{Element, ViewMut, rows_of_tile};
 
 /// What becomes of the old contents of an output.
 #[derive(Clone, Copy, Debug)]
@@ -36,13 +36,21 @@ impl<'a> Store<'a> {
         Self { out, keep: Keep::Nothing, alpha: 1.0, bias: None, scale: None }
     }
 
-    /// Whether there is nothing to do but to write the product, or to add it.
+    /// A tile of whole vectors, each of which `put` takes to its place with its row and its number in the row.
     #[inline(always)]
-    fn is_plain(&self) -> bool {
-        matches!(self.keep, Keep::Nothing | Keep::All)
-            && self.alpha == 1.0
-            && self.bias.is_none()
-            && self.scale.is_none()
+    fn tile<L: Lanes, const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        [i, j]: [usize; 2],
+        acc: &[[L::F; V]; M],
+        put: impl Fn(&mut L::F, L::F, usize, usize),
+    ) {
+        let rows: [&mut [f32]; M] = self.out.rows_mut(i, j, V * L::N);
+        each_row!(r < M => {
+            let (row, _) = l.split_mut(&mut *rows[r]);
+            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+            each_row!(v < V => put(&mut row[v], acc[r][v], r, v));
+        });
     }
 
     /// The columns `from .. to` of row `i`: a vector, a whole one or its head.
@@ -90,22 +98,51 @@ impl<L: Lanes> Sink<L> for Store<'_> {
         width: usize,
         acc: &[[L::F; V]; M],
     ) {
-        if width == V * L::N && self.is_plain() {
-            let add = matches!(self.keep, Keep::All);
-            each_row!(r < M => {
-                let (row, _) = l.split_mut(&mut self.out.row_mut([i + r, 0])[j..j + V * L::N]);
-                let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-                if add {
-                    each_row!(v < V => row[v] = l.add(row[v], acc[r][v]));
-                } else {
-                    *row = acc[r];
+        let at = [i, j];
+        // What layers and attention ask for, a loop each; the rest goes row by row.
+        let usual = width == V * L::N && self.alpha == 1.0 && self.scale.is_none();
+        match (self.keep, self.bias) {
+            (Keep::Nothing, None) if usual => self.tile(
+                l,
+                at,
+                acc,
+                #[inline(always)]
+                |to, x, _, _| *to = x,
+            ),
+            (Keep::All, None) if usual => self.tile(
+                l,
+                at,
+                acc,
+                #[inline(always)]
+                |to, x, _, _| *to = l.add(*to, x),
+            ),
+            (Keep::Rows(factor), None) if usual => {
+                let factor: &[f32; M] = factor[i..].first_chunk().expect("M factors");
+                self.tile(
+                    l,
+                    at,
+                    acc,
+                    #[inline(always)]
+                    |to, x, r, _| *to = l.mul_add(*to, l.splat(factor[r]), x),
+                );
+            }
+            (Keep::Nothing, Some(bias)) if usual => {
+                let mut summand = [l.zero(); V];
+                each_row!(v < V => summand[v] = l.load(&bias[j + v * L::N..]));
+                self.tile(
+                    l,
+                    at,
+                    acc,
+                    #[inline(always)]
+                    |to, x, _, v| *to = l.add(x, summand[v]),
+                );
+            }
+            _ => {
+                // A copy, so that the accumulators themselves are never indexed by a variable.
+                let rows = *acc;
+                for (r, row) in rows.iter().enumerate() {
+                    self.put(l, i + r, j, width, row);
                 }
-            });
-        } else {
-            // A copy, so that the accumulators themselves are never indexed by a variable.
-            let rows = *acc;
-            for (r, row) in rows.iter().enumerate() {
-                self.put(l, i + r, j, width, row);
             }
         }
     }
@@ -141,20 +178,103 @@ const WIDEST: usize = PANEL;
 impl<L: Lanes, E: Element, C: Convert> Sink<L> for Narrow<'_, E, C> {
     #[inline(always)]
     fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        let out = &mut self.out.row_mut([i, 0])[j..j + width];
-        let factor = self.scale.map(|s| l.splat(s[i]));
-        if let (Some(out), true) = (E::as_f32_mut(out), width == V * L::N) {
-            for v in 0..V {
-                l.store(&mut out[v * L::N..], factor.map_or(acc[v], |f| l.mul(acc[v], f)));
-            }
-            return;
-        }
-        let mut row = [0.0; WIDEST];
-        for v in 0..V {
-            l.store(&mut row[v * L::N..], factor.map_or(acc[v], |f| l.mul(acc[v], f)));
-        }
-        E::narrow(self.convert, &row[..width], out);
+        self.put_tile(l, i, j, width, &[*acc]);
     }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        width: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        let convert = self.convert;
+        let rows: [&mut [E]; M] = self.out.rows_mut(i, j, width);
+        let scale: Option<&[f32; M]> = self.scale.map(|s| s[i..].first_chunk().expect("M factors"));
+        each_row!(r < M => {
+            let mut row = acc[r];
+            if let Some(scale) = scale {
+                each_row!(v < V => row[v] = l.mul(row[v], l.splat(scale[r])));
+            }
+            match E::as_f32_mut(&mut *rows[r]) {
+                Some(out) if width == V * L::N => {
+                    let (out, _) = l.split_mut(out);
+                    *<&mut [L::F; V]>::try_from(out).expect("V vectors") = row;
+                }
+                _ => narrow(l, convert, &row, &mut *rows[r]),
+            }
+        });
+    }
+}
+
+/// The head of a row of vectors, rounded.
+#[inline(always)]
+fn narrow<L: Lanes, E: Element, const V: usize>(
+    l: L,
+    convert: impl Convert,
+    row: &[L::F; V],
+    out: &mut [E],
+) {
+    let mut x = [0.0; WIDEST];
+    for v in 0..V {
+        l.store(&mut x[v * L::N..], row[v]);
+    }
+    E::narrow(convert, &x[..out.len()], out);
+}
+
+/// The sink of whole tiles: their vectors go to a buffer as they are, whose rows are `stride` floats apart and have room
+/// for the columns that tiles have more than the result.
+#[derive(Debug)]
+pub struct Whole<'a> {
+    /// The rows.
+    pub data: &'a mut [f32],
+    /// Distance between them.
+    pub stride: usize,
+}
+
+impl<L: Lanes> Sink<L> for Whole<'_> {
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        let at = i * self.stride + j;
+        fill_tile::<L, M, V>(
+            l,
+            self.data,
+            [at, self.stride],
+            #[inline(always)]
+            |r, v| acc[r][v],
+        );
+    }
+}
+
+/// Writes a tile of whole vectors to a buffer: vector `v` of row `r` is `value(r, v)`. The first row begins at `at`, the
+/// next ones `stride` floats apart.
+#[inline(always)]
+pub fn fill_tile<L: Lanes, const M: usize, const V: usize>(
+    l: L,
+    data: &mut [f32],
+    [at, stride]: [usize; 2],
+    value: impl Fn(usize, usize) -> L::F,
+) {
+    let rows: [&mut [f32]; M] = rows_of_tile(data, at, stride, V * L::N);
+    each_row!(r < M => {
+        let (row, _) = l.split_mut(&mut *rows[r]);
+        let row: &mut [L::F; V] = row.try_into().expect("V vectors");
+        each_row!(v < V => row[v] = value(r, v));
+    });
 }
 
 /// The sink that adds to one panel of a state: row `i` at `panel[i * PANEL ..]`.

@@ -1,8 +1,9 @@
 //! A backend bundles vectors and a matrix engine, and is the only door to code compiled for them.
 //!
-//! [`Backend::call`] enters a [`Kernel`] through a function that carries the `target_feature`s. Everything
-//! below that door must inline; everything above it is ordinary code compiled for the baseline. Entering costs
-//! about half a nanosecond, so kernels are entered per tile loop or per row, and compiled once per backend.
+//! [`Backend::call`] and [`Backend::call_tiles`] enter a [`Kernel`] through a function that carries the
+//! `target_feature`s. Everything below that door must inline; everything above it is ordinary code compiled for the
+//! baseline. Entering costs about half a nanosecond, so kernels are entered per tile loop or per row. One that works on
+//! vectors is compiled once per instruction set, one that chooses tiles once per engine.
 
 use super::convert::{Convert, Generic};
 #[cfg(target_arch = "aarch64")]
@@ -56,6 +57,8 @@ pub trait Backend: Copy + Send + Sync + 'static {
     type F: Tiles<L = Self::L, Elem = f32>;
     /// Its conversions between element types.
     type C: Convert;
+    /// The backend of the same vectors that all engines of the instruction set share.
+    type V: Backend<L = Self::L, C = Self::C, V = Self::V>;
     /// The instruction set.
     const ISA: Isa;
     /// The printable name, `arch-type-variant`.
@@ -71,8 +74,15 @@ pub trait Backend: Copy + Send + Sync + 'static {
     fn plain(self) -> Self::F;
     /// The conversion token.
     fn convert(self) -> Self::C;
-    /// Runs `k` in code compiled for this backend.
-    fn call<K: Kernel<Self>>(self, k: K) -> K::Output;
+    /// This backend with its vectors only.
+    fn vectors(self) -> Self::V;
+    /// Runs `k`, which works on vectors, or with tiles that it was given, in code that all engines share.
+    #[inline(always)]
+    fn call<K: Kernel<Self::V>>(self, k: K) -> K::Output {
+        self.vectors().call_tiles(k)
+    }
+    /// Runs `k`, which asks its backend for tiles, in code compiled for this backend.
+    fn call_tiles<K: Kernel<Self>>(self, k: K) -> K::Output;
 }
 
 /// The baseline of the target; always available.
@@ -85,6 +95,7 @@ impl Backend for Portable {
     type S = Self::T;
     type F = Self::T;
     type C = Generic;
+    type V = Self;
     const ISA: Isa = Isa::Portable;
     const NAME: &'static str = "portable-f32-wide-6x8";
 
@@ -109,7 +120,11 @@ impl Backend for Portable {
         Generic
     }
     #[inline(always)]
-    fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
+    fn vectors(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    fn call_tiles<K: Kernel<Self>>(self, k: K) -> K::Output {
         // SAFETY: every machine has its own baseline.
         unsafe { k.enter(self) }
     }
@@ -128,7 +143,7 @@ macro_rules! pulp_backend {
     (
         $(#[$doc:meta])* $name:ident, $token:ty, $isa:expr, $ready:expr, $label:literal,
         convert: $steps:ident x $n:literal,
-        plain: $plain:ty, tiles: $tiles:ty = $tile:expr, scores: $scores:ty = $score:expr,
+        vectors: $vectors:ident, plain: $plain:ty, tiles: $tiles:ty = $tile:expr, scores: $scores:ty = $score:expr,
         features: $features:literal
     ) => {
         $(#[$doc])*
@@ -159,6 +174,7 @@ macro_rules! pulp_backend {
             type S = $scores;
             type F = $plain;
             type C = super::convert::Steps<$steps, $n>;
+            type V = $vectors;
             const ISA: Isa = $isa;
             const NAME: &'static str = $label;
 
@@ -184,7 +200,11 @@ macro_rules! pulp_backend {
                 super::convert::Steps(unsafe { $steps::new_unchecked(self.0.0) })
             }
             #[inline(always)]
-            fn call<K: Kernel<Self>>(self, k: K) -> K::Output {
+            fn vectors(self) -> $vectors {
+                $vectors(self.0)
+            }
+            #[inline(always)]
+            fn call_tiles<K: Kernel<Self>>(self, k: K) -> K::Output {
                 // SAFETY: a value of this type exists only if the machine has the features of `enter`.
                 unsafe { k.enter(self) }
             }
@@ -197,7 +217,7 @@ pulp_backend!(
     /// AVX2 and FMA: 6 x 16 register tiles.
     Avx2, pulp::x86::V3, Isa::Avx2, true, "x86_64-f32-avx2-6x16",
     convert: F16c x 8,
-    plain: Fma<Self::L, 6, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    vectors: Avx2, plain: Fma<Self::L, 6, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c"
 );
 
@@ -206,7 +226,7 @@ pulp_backend!(
     /// AVX-512: 12 x 32 register tiles.
     Avx512, pulp::x86::V4, Isa::Avx512, true, "x86_64-f32-avx512-12x32",
     convert: Avx512Steps x 16,
-    plain: Fma<Self::L, 12, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    vectors: Avx512, plain: Fma<Self::L, 12, 2>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 );
 
@@ -215,7 +235,7 @@ pulp_backend!(
     /// AMX with operands rounded to `bf16`: 32 x 32 sums in four tiles. Scores that feed an exponential are split.
     AmxBf16, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16-amx-32x32",
     convert: Avx512Steps x 16,
-    plain: Fma<Self::L, 12, 2>, tiles: Amx<1> = Amx(()), scores: Amx<2> = Amx(()),
+    vectors: Avx512, plain: Fma<Self::L, 12, 2>, tiles: Amx<1> = Amx(()), scores: Amx<2> = Amx(()),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
 
@@ -224,7 +244,7 @@ pulp_backend!(
     /// AMX with operands split into two `bf16` each; scores that feed an exponential in `f32`.
     AmxBf16x3, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16x3-amx-32x32",
     convert: Avx512Steps x 16,
-    plain: Fma<Self::L, 12, 2>, tiles: Amx<2> = Amx(()), scores: Self::F = Fma(PhantomData),
+    vectors: Avx512, plain: Fma<Self::L, 12, 2>, tiles: Amx<2> = Amx(()), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
 
@@ -233,6 +253,6 @@ pulp_backend!(
     /// NEON: 6 x 16 register tiles.
     Neon, pulp::aarch64::Neon, Isa::Neon, true, "aarch64-f32-neon-6x16",
     convert: NeonSteps x 4,
-    plain: Fma<Self::L, 6, 4>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
+    vectors: Neon, plain: Fma<Self::L, 6, 4>, tiles: Self::F = Fma(PhantomData), scores: Self::F = Fma(PhantomData),
     features: "neon"
 );

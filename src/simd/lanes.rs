@@ -98,9 +98,9 @@ pub trait Lanes: Copy + Send + Sync + 'static {
     /// Transposes an `N` x `N` block: row `i` is `read(i)`, and `write(j, column j)` takes the result. Both are
     /// called once per index, in registers all the way.
     fn transpose(self, read: impl FnMut(usize) -> Self::F, write: impl FnMut(usize, Self::F));
-    /// Asks for the cache line at an address in the second cache level: a hint without effect on results, whatever
-    /// the address.
-    fn prefetch(self, address: usize);
+    /// Asks for the cache line at an address in the cache level `LEVEL`, 1 or 2: a hint without effect on results,
+    /// whatever the address.
+    fn prefetch<const LEVEL: usize>(self, address: usize);
 
     /// All lanes zero.
     #[inline(always)]

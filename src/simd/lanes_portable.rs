@@ -179,5 +179,5 @@ impl Lanes for Portable {
         }
     }
     #[inline(always)]
-    fn prefetch(self, _: usize) {}
+    fn prefetch<const LEVEL: usize>(self, _: usize) {}
 }

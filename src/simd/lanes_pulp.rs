@@ -12,7 +12,7 @@ pub trait Shuffle: Simd {
     /// As [`Lanes::transpose`].
     fn transpose(self, read: impl FnMut(usize) -> Self::f32s, write: impl FnMut(usize, Self::f32s));
     /// As [`Lanes::prefetch`].
-    fn prefetch(self, address: usize);
+    fn prefetch<const LEVEL: usize>(self, address: usize);
     /// `a` where `|a| < least` is false, which a NaN is, and `+0` elsewhere.
     #[inline(always)]
     fn flush(self, a: Self::f32s, least: f32) -> Self::f32s {
@@ -198,8 +198,8 @@ impl<S: Shuffle> Lanes for Pulp<S> {
         self.0.transpose(read, write);
     }
     #[inline(always)]
-    fn prefetch(self, address: usize) {
-        self.0.prefetch(address);
+    fn prefetch<const LEVEL: usize>(self, address: usize) {
+        self.0.prefetch::<LEVEL>(address);
     }
     #[inline(always)]
     fn flush(self, a: S::f32s) -> S::f32s {
@@ -211,13 +211,19 @@ impl<S: Shuffle> Lanes for Pulp<S> {
 mod x86 {
     use super::Shuffle;
     use bytemuck::cast;
-    use core::arch::x86_64::{__m256, __m512, _CMP_NLT_UQ, _MM_HINT_T1, _mm_prefetch};
+    use core::arch::x86_64::{__m256, __m512, _CMP_NLT_UQ};
+    use core::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
     use pulp::x86::{V3, V4};
 
     #[inline(always)]
-    fn line(address: usize) {
+    fn line<const LEVEL: usize>(address: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address as *const i8) }
+        unsafe {
+            match LEVEL {
+                1 => _mm_prefetch::<_MM_HINT_T0>(address as *const i8),
+                _ => _mm_prefetch::<_MM_HINT_T1>(address as *const i8),
+            }
+        }
     }
 
     impl Shuffle for V4 {
@@ -267,8 +273,8 @@ mod x86 {
             cast(f._mm512_maskz_mov_ps(keep, cast(a)))
         }
         #[inline(always)]
-        fn prefetch(self, address: usize) {
-            line(address);
+        fn prefetch<const LEVEL: usize>(self, address: usize) {
+            line::<LEVEL>(address);
         }
     }
 
@@ -303,8 +309,8 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn prefetch(self, address: usize) {
-            line(address);
+        fn prefetch<const LEVEL: usize>(self, address: usize) {
+            line::<LEVEL>(address);
         }
     }
 }
@@ -335,6 +341,6 @@ mod arm {
             write(3, cast(n.vtrn2q_f64(odd[0], odd[1])));
         }
         #[inline(always)]
-        fn prefetch(self, _: usize) {}
+        fn prefetch<const LEVEL: usize>(self, _: usize) {}
     }
 }

@@ -24,6 +24,7 @@ pub mod tiles_amx;
 #[cfg(target_arch = "x86_64")]
 mod tiles_amx_pack;
 pub mod tiles_f32;
+mod tiles_f32_loop;
 mod tiles_f32_pack;
 
 pub use backend::{Backend, Kernel, Task};

@@ -1,10 +1,11 @@
 //! The FMA engine: `MR x (V * N)` register tiles over plain `f32` operands.
 
-use super::backend::{Backend, Kernel};
+use super::backend::Backend;
 use super::lanes::Lanes;
 use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles, right_len};
-use super::tiles_f32_pack::{copy, pack_columns, pack_rows, times, turn, widen_rows};
+use super::tiles_f32_loop::{Strip, Tile};
+use super::tiles_f32_pack::{copy, copy_times, pack_columns, pack_rows, turn, widen_rows};
 use core::marker::PhantomData;
 
 /// Register tiles of `MR` rows and `V` vectors.
@@ -13,172 +14,6 @@ pub struct Fma<L, const MR: usize, const V: usize>(pub(super) PhantomData<L>);
 
 /// Floats between copied rows, so that they do not meet in the same cache sets again.
 const GAP: usize = 16;
-
-/// The part of a [`Term`] that one tile needs, bounds already proven.
-#[derive(Clone, Copy)]
-struct Strip {
-    a: *const f32,
-    /// Distance between rows, and between steps of the shared dimension.
-    rows: usize,
-    steps: usize,
-    b: *const f32,
-    stride: usize,
-    k: usize,
-}
-
-impl Strip {
-    /// Nothing to add.
-    const EMPTY: Strip =
-        Strip { a: core::ptr::null(), rows: 0, steps: 1, b: core::ptr::null(), stride: 0, k: 0 };
-}
-
-/// The tile loop and its sink, a kernel of its own: nothing else competes for its registers.
-struct Tile<'a, S, const M: usize, const W: usize> {
-    first: Strip,
-    scale: Option<&'a [f32]>,
-    second: Strip,
-    sink: &'a mut S,
-    i: usize,
-    j: usize,
-    width: usize,
-}
-
-impl<B: Backend, S: Sink<B::L>, const M: usize, const W: usize> Kernel<B> for Tile<'_, S, M, W> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self, b: B) {
-        let l = b.lanes();
-        let mut acc = [[l.zero(); W]; M];
-        if let Some(scale) = self.scale {
-            // SAFETY: `Fma::check` proved every element of both terms.
-            acc = unsafe { add::<B::L, M, W>(l, self.first, acc) };
-            let scale: &[f32; M] = scale.first_chunk().expect("M factors");
-            for i in 0..M {
-                let s = l.splat(scale[i]);
-                for j in 0..W {
-                    acc[i][j] = l.mul(acc[i][j], s);
-                }
-            }
-        }
-        // SAFETY: as above.
-        acc = unsafe { add::<B::L, M, W>(l, self.second, acc) };
-        self.sink.put_tile(l, self.i, self.j, self.width, &acc);
-    }
-}
-
-/// Adds `s.k` steps to the accumulators.
-///
-/// # Safety
-/// For `i < M`, `p < k`: `a[i * rows + p * steps]` and `b[p * stride ..][..W * N]` must be readable.
-#[inline(always)]
-unsafe fn add<L: Lanes, const M: usize, const W: usize>(
-    l: L,
-    s: Strip,
-    acc: [[L::F; W]; M],
-) -> [[L::F; W]; M] {
-    // A unit distance known to the compiler saves half of the address arithmetic, whichever of the two it is.
-    if s.steps == 1 {
-        // SAFETY: as for this function.
-        unsafe { steps::<L, M, W>(l, Strip { steps: 1, ..s }, acc) }
-    } else {
-        // SAFETY: as for this function; an operand without unit steps has unit rows.
-        unsafe { steps::<L, M, W>(l, Strip { rows: 1, ..s }, acc) }
-    }
-}
-
-/// # Safety
-/// As [`add`].
-#[inline(always)]
-unsafe fn steps<L: Lanes, const M: usize, const W: usize>(
-    l: L,
-    s: Strip,
-    mut acc: [[L::F; W]; M],
-) -> [[L::F; W]; M] {
-    // Steps that share their addresses but for a constant. Not in tiles that fill the registers: the compiler moves loads
-    // of several steps to the front, and sums to the stack to make room for them.
-    const UNROLL: usize = 4;
-    const MOST_SUMS: usize = 12;
-    let mut p = 0;
-    while M * W <= MOST_SUMS && p + UNROLL <= s.k {
-        for u in 0..UNROLL {
-            // SAFETY: p + u < k.
-            unsafe { step::<L, M, W>(l, s, p + u, &mut acc) };
-        }
-        p += UNROLL;
-    }
-    while p < s.k {
-        // SAFETY: p < k.
-        unsafe { step::<L, M, W>(l, s, p, &mut acc) };
-        p += 1;
-    }
-    acc
-}
-
-/// # Safety
-/// As [`add`], and `p < k`.
-#[inline(always)]
-unsafe fn step<L: Lanes, const M: usize, const W: usize>(
-    l: L,
-    s: Strip,
-    p: usize,
-    acc: &mut [[L::F; W]; M],
-) {
-    let mut b = [l.zero(); W];
-    for j in 0..W {
-        // SAFETY: inside row p of the panel.
-        b[j] = unsafe { l.load_ptr(s.b.add(p * s.stride + j * L::N)) };
-    }
-    for i in 0..M {
-        // SAFETY: i < M and p < k.
-        let a = l.splat(unsafe { *s.a.add(i * s.rows + p * s.steps) });
-        for j in 0..W {
-            acc[i][j] = l.mul_add(a, b[j], acc[i][j]);
-        }
-    }
-}
-
-/// Asks for the next panel of a right operand while tiles read the present one: weights come from far away, and the
-/// first tile of a panel would wait for every line of it.
-struct Ahead {
-    at: usize,
-    end: usize,
-    /// Lines per tile.
-    lines: usize,
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-/// More lines at once would stand in the way of the loads of a tile.
-const MOST_LINES: usize = 32;
-
-impl Ahead {
-    /// For the tiles of `MR x width` at column `j`: each pass over a panel asks for its share of the next.
-    #[inline(always)]
-    fn new<const MR: usize>(p: &Product<'_, f32>, j: usize, width: usize) -> Self {
-        let none = Self { at: 0, end: 0, lines: 0 };
-        let (next, tiles) = ((j / PANEL + 1) * PANEL, p.m / MR);
-        let Some(term) = p.second.as_ref().filter(|_| next < p.n && tiles > 0) else {
-            return none;
-        };
-        let share = term.k * term.right.stride * size_of::<f32>() / PANEL * width;
-        let lines = share.div_ceil(LINE * tiles);
-        if lines > MOST_LINES {
-            return none;
-        }
-        let start = term.right.data.as_ptr().wrapping_add(next / PANEL * term.right.step) as usize;
-        let at = start + j % PANEL / width * share;
-        Self { at, end: at + share, lines }
-    }
-
-    #[inline(always)]
-    fn step<L: Lanes>(&mut self, l: L) {
-        let end = self.end.min(self.at + self.lines * LINE);
-        while self.at < end {
-            l.prefetch(self.at);
-            self.at += LINE;
-        }
-    }
-}
 
 impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
     /// One tile of `M` rows and `W` vectors at `(i, j)`.
@@ -209,12 +44,14 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
             Order::Rows(s) => (s, 1),
             Order::Columns(s) => (1, s),
         };
+        let at = j / PANEL * term.right.step + j % PANEL;
         Strip {
             a: term.left.data.as_ptr().wrapping_add(i * rows),
             rows,
             steps,
-            b: term.right.data.as_ptr().wrapping_add(j / PANEL * term.right.step + j % PANEL),
+            b: term.right.data.as_ptr().wrapping_add(at),
             stride: term.right.stride,
+            asking: Strip::asking(k, term.right.stride, term.right.data.len().saturating_sub(at)),
             k,
         }
     }
@@ -229,7 +66,6 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
     ) {
         // In the lower triangle, rows above the panel's first column are not wanted.
         let mut i = if p.lower { j.min(p.m) / MR * MR } else { 0 };
-        let mut ahead = Ahead::new::<MR>(p, j, Self::NR);
         // Those of a triangle read what others of the same rows have computed: both keep to multiples of `MR`.
         let rest = p.m - i;
         let fives = match p.causal || p.lower {
@@ -238,7 +74,6 @@ impl<L: Lanes, const MR: usize, const V: usize> Fma<L, MR, V> {
         };
         let end = p.m - 5 * fives;
         while i + MR <= end {
-            ahead.step(b.lanes());
             if p.lower && W > 1 && i + MR <= j + L::N {
                 Self::tile::<MR, 1, B, S>(b, p, i, j, sink);
             } else {
@@ -377,7 +212,6 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         const MEET: usize = 256;
         // So are the steps of a deep operand that lie a multiple of 512 bytes apart, turned into rows.
         const STEPS: usize = 128;
-        let l = b.lanes();
         if let (Order::Columns(s), None) = (src.order, weights)
             && s % STEPS == 0
             && k >= STEPS
@@ -393,10 +227,10 @@ impl<L: Lanes, const MR: usize, const V: usize> Tiles for Fma<L, MR, V> {
         match src.order {
             Order::Columns(s) => {
                 for p in 0..k {
-                    let row = &mut dst[p * m..][..m];
-                    copy(b, &src.data[p * s..][..m], row);
-                    if let Some(w) = weights {
-                        times(l, w[p], row);
+                    let (from, row) = (&src.data[p * s..][..m], &mut dst[p * m..][..m]);
+                    match weights {
+                        Some(w) => copy_times(b, from, w[p], row),
+                        None => copy(b, from, row),
                     }
                 }
                 Left::new(dst, Order::Columns(m))

@@ -115,16 +115,30 @@ pub(super) fn copy<B: Backend, E: Storage>(b: B, src: &[E], dst: &mut [f32]) {
     for (s, d) in s.iter().zip(d) {
         *d = *s;
     }
-    l.store_head(d_tail, l.load_head(s_tail));
+    if !d_tail.is_empty() {
+        l.store_head(d_tail, l.load_head(s_tail));
+    }
 }
 
+/// As [`copy`], every element multiplied by `factor`.
 #[inline(always)]
-pub(super) fn times<L: Lanes>(l: L, factor: f32, row: &mut [f32]) {
-    let (full, tail) = l.split_mut(row);
-    for x in full {
-        *x = l.mul(*x, l.splat(factor));
+pub(super) fn copy_times<B: Backend, E: Storage>(b: B, src: &[E], factor: f32, dst: &mut [f32]) {
+    let (l, by) = (b.lanes(), b.lanes().splat(factor));
+    let Some(src) = E::as_f32(src) else {
+        E::widen(b.convert(), src, dst);
+        let (full, tail) = l.split_mut(dst);
+        for x in full {
+            *x = l.mul(*x, by);
+        }
+        return l.store_head(tail, l.mul(l.load_head(tail), by));
+    };
+    let ((s, s_tail), (d, d_tail)) = (l.split(src), l.split_mut(dst));
+    for (s, d) in s.iter().zip(d) {
+        *d = l.mul(*s, by);
     }
-    l.store_head(tail, l.mul(l.load_head(tail), l.splat(factor)));
+    if !d_tail.is_empty() {
+        l.store_head(d_tail, l.mul(l.load_head(s_tail), by));
+    }
 }
 
 /// A column-major `m x k` operand to rows `stride` apart: square blocks of one vector's width, turned in registers.

@@ -17,3 +17,4 @@ pub(crate) use owned::Words;
 pub use rng::Rng;
 pub use view::View;
 pub use view_mut::ViewMut;
+pub(crate) use view_mut::rows_of_tile;

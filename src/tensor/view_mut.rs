@@ -30,6 +30,48 @@ unsafe impl<T: Send, const N: usize> Send for ViewMut<'_, T, N> {}
 // SAFETY: as above; shared access to it only reads the layout.
 unsafe impl<T: Sync, const N: usize> Sync for ViewMut<'_, T, N> {}
 
+/// `M` rows of a buffer, the first at `at`, `stride` elements apart, their bounds proven at once. Panics where they do not
+/// lie inside or would overlap.
+#[inline(always)]
+pub(crate) fn rows_of_tile<T, const M: usize>(
+    data: &mut [T],
+    at: usize,
+    stride: usize,
+    width: usize,
+) -> [&mut [T]; M] {
+    assert!(M <= 1 || width <= stride, "rows overlap");
+    let reach = stride.saturating_mul(M.saturating_sub(1)).saturating_add(width);
+    let ptr = data[at..][..reach].as_mut_ptr();
+    core::array::from_fn(
+        #[inline(always)]
+        // SAFETY: row `r` ends at most at `reach`, and the next begins behind its end.
+        |r| unsafe { core::slice::from_raw_parts_mut(ptr.add(r * stride), width) },
+    )
+}
+
+impl<T> ViewMut<'_, T, 2> {
+    /// The columns `from .. from + width` of `M` rows, the first of them row `i`, as [`row_mut`](Self::row_mut) gives
+    /// one, with one proof for all. Panics outside of the shape.
+    #[inline(always)]
+    pub fn rows_mut<const M: usize>(
+        &mut self,
+        i: usize,
+        from: usize,
+        width: usize,
+    ) -> [&mut [T]; M] {
+        let Layout { shape: [m, n], strides: [stride, _] } = self.layout;
+        let inside = M <= m && i <= m - M && width <= n && from <= n - width;
+        assert!(inside, "{M} rows from {i}, {width} columns from {from} outside of [{m}, {n}]");
+        let ptr = self.ptr.wrapping_add(i * stride + from);
+        core::array::from_fn(
+            #[inline(always)]
+            // SAFETY: the layout was proven to lie inside the borrowed slice and to keep its rows apart, and the indices
+            // were just checked; other views of the same slice, if it was split, cover other elements only.
+            |r| unsafe { core::slice::from_raw_parts_mut(ptr.wrapping_add(r * stride), width) },
+        )
+    }
+}
+
 impl<'a, T, const N: usize> ViewMut<'a, T, N> {
     /// A row-major view; the slice must have exactly as many elements as the shape.
     pub fn new(data: &'a mut [T], shape: [usize; N]) -> Result<Self> {

@@ -106,7 +106,12 @@ fn gather<B: Backend, E: Element>(b: B, job: GatherJob<'_, '_, B, E>, mut cut: C
         let range = from - first..to - first;
         let pack = |h: usize, scale, work: &mut _, agents: &mut [ScoreElem<B>]| {
             let (n, h) = at(first + h);
-            b.call(PackAgents { agents: call.agents.head(n, h), scale, work, packed: agents });
+            b.call_tiles(PackAgents {
+                agents: call.agents.head(n, h),
+                scale,
+                work,
+                packed: agents,
+            });
         };
         for h in range.clone() {
             pack(h, scales[0], &mut work, &mut agents[h * a_len..][..a_len]);
@@ -136,7 +141,7 @@ fn gather<B: Backend, E: Element>(b: B, job: GatherJob<'_, '_, B, E>, mut cut: C
                     }
                     Block::List(_) => Ahead::none(),
                 };
-                b.call(Gather {
+                b.call_tiles(Gather {
                     k: (dk > 0 && !blind).then_some(k),
                     v,
                     block,
@@ -150,7 +155,7 @@ fn gather<B: Backend, E: Element>(b: B, job: GatherJob<'_, '_, B, E>, mut cut: C
         for h in range {
             let (state, packed) =
                 (&mut states[h * s_len..][..s_len], &mut values[h * v_len..][..v_len]);
-            b.call(Settle::<B> { shape, state, packed });
+            b.call_tiles(Settle::<B> { shape, state, packed });
             if scales[1] != scales[0] {
                 pack(h, scales[1], &mut work, &mut agents[h * a_len..][..a_len]);
             }
@@ -221,7 +226,7 @@ fn ask<B: Backend, E: Element>(
                     Part::of_mut(&job.out.head_mut(n, to), rows),
                 ];
                 work.ahead = Ahead::new(parts, shape.ask_rows(m));
-                b.call(Ask {
+                b.call_tiles(Ask {
                     q: job.q.head(n, h),
                     rows: [at, m],
                     bias: job.bias.map(|x| x.matrix(h)),

@@ -114,7 +114,7 @@ impl<'a, B: Backend> Meeting<'a, B> {
                     keys: &mut *keys,
                     values: &mut *values,
                 };
-                let finite = b.call(pack);
+                let finite = b.call_tiles(pack);
                 let plain = Values::Plain(Plain { data: staged, stride: dv });
                 (Keys::Packed(&*keys), if finite { Values::Packed(&*values) } else { plain })
             };
@@ -141,7 +141,7 @@ impl<'a, B: Backend> Meeting<'a, B> {
                     *max = queries.max[i * queries.step];
                     *sum = queries.sum[i * queries.step];
                 }
-                b.call(Attend {
+                b.call_tiles(Attend {
                     q: &queries.q[from * queries.q_stride..],
                     q_stride: queries.q_stride,
                     dk,

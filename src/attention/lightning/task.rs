@@ -241,7 +241,7 @@ impl<'a, B: Backend> Chunk<'a, B> {
         ahead: &mut Ahead,
     ) {
         let (work, scores, stride) = (&mut self.work, &mut *self.scores, self.shape.score_stride());
-        b.call(Scores {
+        b.call_tiles(Scores {
             head,
             at,
             rows,
@@ -250,7 +250,7 @@ impl<'a, B: Backend> Chunk<'a, B> {
             stride,
             ahead: &mut *ahead,
         });
-        b.call(Advance { head, at, rows, work, scores, stride, out, state, ahead });
+        b.call_tiles(Advance { head, at, rows, work, scores, stride, out, state, ahead });
     }
 }
 

@@ -99,7 +99,7 @@ impl<M: Features> Group<M> {
                 work.ahead = Ahead::new(ahead, self.shape.absorb_rows());
                 let (k, v, work) = (k.head(n, h), v.head(n, h), &mut *work);
                 let form = form.head(n, h);
-                b.call(Absorb { form, k, v, rows, work, state, z });
+                b.call_tiles(Absorb { form, k, v, rows, work, state, z });
             }
         }
     }
@@ -128,7 +128,7 @@ impl<M: Features> Group<M> {
                 work.ahead = Ahead::new(ahead, self.shape.read_rows(rows[1]));
                 let (q, out, work) = (q.head(n, h), out.head_mut(n, h), &mut *work);
                 let form = form.head(n, h);
-                b.call(Read { form, q, rows, work, state, z, out });
+                b.call_tiles(Read { form, q, rows, work, state, z, out });
             }
         }
     }
@@ -153,7 +153,7 @@ impl<M: Features> Group<M> {
                 work.ahead = Ahead::new([k_next, q_next, v_next, out_next], tiles);
                 let [q, k, v] = [q, k, v].map(|x| x.head(n, h));
                 let (work, out, form) = (&mut *work, out.head_mut(n, h), form.head(n, h));
-                b.call(Chunk { form, q, k, v, rows, work, state, z, out });
+                b.call_tiles(Chunk { form, q, k, v, rows, work, state, z, out });
             }
         }
     }

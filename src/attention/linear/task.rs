@@ -105,7 +105,7 @@ fn recurrent<B: Backend, E: Element, M: Features>(
         for at in 0..len {
             let (rows, out) = (rows.each_mut().map(|r| &mut **r), job.out.head_mut(n, h));
             let (state, z, map) = (&mut *state, &mut *z, &mut map);
-            b.call(Token { form, map, q, k, v, at, rows, state, z, out });
+            b.call_tiles(Token { form, map, q, k, v, at, rows, state, z, out });
         }
     }
 }

@@ -235,7 +235,7 @@ impl<B: Backend, E: Element> Sequence<'_, '_, '_, B, E> {
     fn absorb(&mut self, b: B, rows @ [_, n]: [usize; 2], staged: &mut Staged<'_>) {
         let ([_, lin_k], v) = self.input.operands(b, rows, staged);
         let e = self.out.shape()[1];
-        b.call(Absorb { lin_k, v, n, e, work: &mut *self.work, sum: &mut *self.sum });
+        b.call_tiles(Absorb { lin_k, v, n, e, work: &mut *self.work, sum: &mut *self.sum });
     }
 
     fn answer(&mut self, b: B, [at, m]: [usize; 2], to: Operands<'_, E>) {
@@ -245,7 +245,7 @@ impl<B: Backend, E: Element> Sequence<'_, '_, '_, B, E> {
         let (work, sum) = (&mut *self.work, &mut *self.sum);
         let chunk =
             Chunk { rule, first, quad_q, lin_q, quad_k, lin_k, v, n, read, add, work, sum, out };
-        b.call(chunk);
+        b.call_tiles(chunk);
     }
 }
 

@@ -176,7 +176,7 @@ impl<E: Element> Task for Map<'_, '_, E> {
                 let dst = job.out.matrix_mut(n, h);
                 let dst = &mut dst[rows[0] * map.features..][..rows[1] * map.features];
                 let (x, work, side) = (job.x.head(n, h), &mut work, job.side);
-                b.call(FavorRows { map: map.head(n, h), work, side, x, rows, dst });
+                b.call_tiles(FavorRows { map: map.head(n, h), work, side, x, rows, dst });
             });
         })
     }
@@ -232,7 +232,7 @@ impl<E: Element> Task for Chain<'_, '_, E> {
         self.0.divide_in(self.1, self.2, bytes, &|mut job: Back<'_, E>, mut cut: Cut<'_>| {
             let mut work = FavorBackWork::new(b, &map, dk, &mut cut);
             each(job.x.shape(), |n, h, rows| {
-                b.call(FavorBackward {
+                b.call_tiles(FavorBackward {
                     map: map.head(n, h),
                     work: &mut work,
                     side: job.side,

@@ -55,7 +55,7 @@ impl<E: Element> Task for Find<'_, '_, E> {
                 for at in (0..len).step_by(MOST) {
                     let rows = [at, MOST.min(len - at)];
                     let (k, work, room) = (job.k.head(n, h), &mut work, &mut *room);
-                    top = top.max(b.call(Largest { map, work, k, rows, room }));
+                    top = top.max(b.call_tiles(Largest { map, work, k, rows, room }));
                 }
                 job.out.row_mut([n, 0])[h] = top;
             }

@@ -118,12 +118,12 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>)
                 let (at, few) = ([job.first + from, key], job.few);
                 let Some(mask) = mask else {
                     let (work, acc) = (&mut work, &mut *acc);
-                    b.call(KeyBlock { rule, q, k, v, at, few, work, acc });
+                    b.call_tiles(KeyBlock { rule, q, k, v, at, few, work, acc });
                     continue;
                 };
                 hidden(b, [k, v], &mask[rows[0]..rows[1]], &mut work, |k, v, work| {
                     let acc = &mut *acc;
-                    b.call(KeyBlock { rule, q, k, v, at, few, work, acc });
+                    b.call_tiles(KeyBlock { rule, q, k, v, at, few, work, acc });
                 });
             }
             let out = out.reborrow().slice(0, from, to);

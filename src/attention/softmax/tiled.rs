@@ -150,7 +150,7 @@ fn span<B: Backend, E: Element>(
                 keys: &mut *keys,
                 values: &mut *values,
             };
-            let finite = b.call(pack);
+            let finite = b.call_tiles(pack);
             let plain = Values::Plain(Plain { data: staged, stride: dv });
             (Keys::Packed(&*keys), if finite { Values::Packed(&*values) } else { plain })
         };
@@ -174,7 +174,7 @@ fn span<B: Backend, E: Element>(
                 group,
                 first: span.first + from,
             });
-            b.call(Attend {
+            b.call_tiles(Attend {
                 q: &work.q[from * q_stride..],
                 q_stride,
                 dk,

@@ -3,6 +3,7 @@
 use super::{Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::Decay;
+use crate::kernels::store::fill_tile;
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, Product, Sink, Source, Term, Tiles};
 use crate::tensor::Element;
 
@@ -34,15 +35,31 @@ struct Masked<'a> {
 
 impl<L: Lanes> Sink<L> for Masked<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let out = &mut self.scores[i * self.stride + j..][..V * L::N];
-        let mask = &self.decay.mask(i, j)[..V * L::N];
-        for (v, acc) in acc.iter().enumerate() {
-            let m = l.load(&mask[v * L::N..]);
-            // Selected, not multiplied: what lies above the diagonal may be anything.
-            let x = l.mul(l.mul(*acc, l.splat(self.scale)), m);
-            l.store(&mut out[v * L::N..], l.select(l.lt(l.zero(), m), x, l.zero()));
-        }
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        let (decay, scale) = (self.decay, l.splat(self.scale));
+        fill_tile::<L, M, V>(
+            l,
+            self.scores,
+            [i * self.stride + j, self.stride],
+            #[inline(always)]
+            |r, v| {
+                let m = l.load(&decay.mask(i + r, j)[v * L::N..]);
+                // Selected, not multiplied: what lies above the diagonal may be anything.
+                l.select(l.lt(l.zero(), m), l.mul(l.mul(acc[r][v], scale), m), l.zero())
+            },
+        );
     }
 }
 

@@ -7,6 +7,7 @@ use crate::kernels::decay::Forget;
 use crate::kernels::feature_map::{Features, Side};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{add_columns, finite_rows, partial_dot, rows_of, stage};
+use crate::kernels::store::fill_tile;
 use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
@@ -83,14 +84,31 @@ struct Masked<'a>(&'a mut [f32]);
 
 impl<L: Lanes> Sink<L> for Masked<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, _: usize, acc: &[L::F; V]) {
-        let out = &mut self.0[i * SCORES + j..][..V * L::N];
-        let mask = &LOWER[CHUNK - 1 - i + j..][..V * L::N];
-        for v in 0..V {
-            // Selected, not multiplied: what lies above the diagonal may be anything.
-            let inside = l.lt(l.zero(), l.load(&mask[v * L::N..]));
-            l.store(&mut out[v * L::N..], l.select(inside, acc[v], l.zero()));
-        }
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
+
+    #[inline(always)]
+    fn put_tile<const M: usize, const V: usize>(
+        &mut self,
+        l: L,
+        i: usize,
+        j: usize,
+        _: usize,
+        acc: &[[L::F; V]; M],
+    ) {
+        fill_tile::<L, M, V>(
+            l,
+            self.0,
+            [i * SCORES + j, SCORES],
+            #[inline(always)]
+            |r, v| {
+                // Selected, not multiplied: what lies above the diagonal may be anything.
+                let mask = &LOWER[CHUNK - 1 - (i + r) + j..];
+                let inside = l.lt(l.zero(), l.load(&mask[v * L::N..]));
+                l.select(inside, acc[r][v], l.zero())
+            },
+        );
     }
 }
 

@@ -18,7 +18,7 @@ const LINE: usize = 64;
 pub(super) fn ask<L: Lanes, const W: usize>(l: L, words: &[L::F; W], ahead: usize) {
     let address = (words.as_ptr() as usize).wrapping_add(ahead);
     for line in 0..(W * L::N * size_of::<f32>()).div_ceil(LINE) {
-        l.prefetch(address.wrapping_add(line * LINE));
+        l.prefetch::<2>(address.wrapping_add(line * LINE));
     }
 }
 

@@ -10,6 +10,7 @@ pub use block::{FEW, Finish, KEYS, KeyBlock, QuadraticShape, QuadraticWork, ROWS
 use super::attend::{Plain, dots};
 use super::rows::{Map, map};
 use super::staging::stage;
+use super::store::fill_tile;
 use crate::simd::{
     Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles, each_row, math,
 };
@@ -324,13 +325,14 @@ impl<L: Lanes, A: Act> Sink<L> for Activated<'_, '_, A> {
             return;
         }
         let (stride, scale) = (self.stride, l.splat(self.rule.scale));
-        let out = &mut self.out[i * stride + j..][..(M - 1) * stride + V * L::N];
-        each_row!(r < M => {
-            let out = &mut out[r * stride..][..V * L::N];
-            for v in 0..V {
-                l.store(&mut out[v * L::N..], self.act.at(l, l.mul(acc[r][v], scale)));
-            }
-        });
+        let act = self.act;
+        fill_tile::<L, M, V>(
+            l,
+            self.out,
+            [i * stride + j, stride],
+            #[inline(always)]
+            |r, v| act.at(l, l.mul(acc[r][v], scale)),
+        );
     }
 
     #[inline(always)]
