@@ -53,7 +53,7 @@ impl<T> ViewMut<'_, T, 2> {
     /// The columns `from .. from + width` of `M` rows, the first of them row `i`, as [`row_mut`](Self::row_mut) gives
     /// one, with one proof for all. Panics outside of the shape.
     #[inline(always)]
-    pub fn rows_mut<const M: usize>(
+    pub(crate) fn rows_mut<const M: usize>(
         &mut self,
         i: usize,
         from: usize,
