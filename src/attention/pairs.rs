@@ -38,14 +38,35 @@ pub(super) struct Pairs<'a, E> {
     pub dout: View<'a, E, 4>,
     /// Of queries, keys and values.
     pub grads: [ViewMut<'a, E, 4>; 3],
-    pub dtable: Option<&'a mut [f32]>,
     pub dbias: Option<ViewMut<'a, f32, 3>>,
 }
 
 /// A [`Pairs`] and the dimension along which it is divided: batch rows, or else heads.
 struct Job<'a, E> {
     pairs: Pairs<'a, E>,
+    dtables: Option<ViewMut<'a, f32, 2>>,
     by_batch: bool,
+}
+
+/// Runs `work` with gradients of a table of biases for each batch row (`[batch, entries]`), and adds them up in order:
+/// threads write their own, and the sum does not depend on how many there are.
+pub(super) fn per_row(
+    rt: &Runtime,
+    total: Option<&mut [f32]>,
+    batch: usize,
+    work: impl FnOnce(Option<ViewMut<'_, f32, 2>>) -> Result<()>,
+) -> Result<()> {
+    let Some(total) = total else { return work(None) };
+    let entries = total.len();
+    rt.with_scratch(bytes_of::<f32>(batch * entries), |mut cut| {
+        let rows = cut.take::<f32>(batch * entries);
+        work(Some(ViewMut::new(&mut *rows, [batch, entries])?))?;
+        total.fill(0.0);
+        for row in rows.chunks_exact(entries.max(1)) {
+            total.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+        Ok(())
+    })?
 }
 
 impl<E: Element> Pairs<'_, E> {
@@ -84,7 +105,7 @@ impl<E: Element> Divide for Job<'_, E> {
             return self.pairs.q.shape()[0];
         }
         // A table belongs to all heads.
-        if self.pairs.dtable.is_some() { 1 } else { self.pairs.k.shape()[2] }
+        if self.dtables.is_some() { 1 } else { self.pairs.k.shape()[2] }
     }
 
     fn flops(&self) -> usize {
@@ -93,8 +114,8 @@ impl<E: Element> Divide for Job<'_, E> {
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
-        let Job { pairs, by_batch } = self;
-        let Pairs { terms, q, k, v, dout, grads, dtable, dbias } = pairs;
+        let Job { pairs, dtables, by_batch } = self;
+        let Pairs { terms, q, k, v, dout, grads, dbias } = pairs;
         let (heads, kv_heads) = (q.shape()[2], k.shape()[2]);
         let group = heads / kv_heads.max(1);
         let (axis, at) = if by_batch { (0, mid) } else { (2, mid * group) };
@@ -107,7 +128,14 @@ impl<E: Element> Divide for Job<'_, E> {
             }
             x => (x, None),
         };
-        let part = |from: [usize; 2], to: [usize; 2], grads, dtable, dbias| {
+        let (near_tables, far_tables) = match dtables {
+            Some(x) if by_batch => {
+                let (near, far) = x.split_at(0, mid);
+                (Some(near), Some(far))
+            }
+            x => (x, None),
+        };
+        let part = |from: [usize; 2], to: [usize; 2], grads, dtables, dbias| {
             let mut terms = terms;
             match by_batch {
                 true => terms.key_mask = terms.key_mask.map(|m| m.slice(0, from[0], to[0])),
@@ -115,12 +143,12 @@ impl<E: Element> Divide for Job<'_, E> {
             }
             let [q, dout] = [q, dout].map(|x| x.slice(axis, from[0], to[0]));
             let [k, v] = [k, v].map(|x| x.slice(axis, from[1], to[1]));
-            Job { pairs: Pairs { terms, q, k, v, dout, grads, dtable, dbias }, by_batch }
+            Job { pairs: Pairs { terms, q, k, v, dout, grads, dbias }, dtables, by_batch }
         };
         let end = [q.shape()[axis], k.shape()[axis]];
         (
-            part([0, 0], [at, mid], [dq.0, dk.0, dv.0], dtable, near_bias),
-            part([at, mid], end, [dq.1, dk.1, dv.1], None, far_bias),
+            part([0, 0], [at, mid], [dq.0, dk.0, dv.0], near_tables, near_bias),
+            part([at, mid], end, [dq.1, dk.1, dv.1], far_tables, far_bias),
         )
     }
 }
@@ -154,20 +182,21 @@ pub(super) fn finish<B: Backend, E: Element>(b: B, acc: &[f32], out: ViewMut<'_,
 }
 
 /// All heads of a part.
-fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
+fn work<B: Backend, E: Element>(b: B, job: Job<'_, E>, mut cut: Cut<'_>) {
+    let Job { pairs, mut dtables, .. } = job;
     let (PairShape { lq, lk, dk, dv }, lens) = (pairs.shape(), pairs.lens());
     let [q_copy, k_copy, v_copy, dout_copy, q_sum, k_sum, v_sum, hidden] =
         lens.map(|n| cut.take::<f32>(n));
     let mut work = PairWork::<B>::new(pairs.shape(), &mut cut);
-    let Pairs { terms, q, k, v, dout, grads: [mut dq, mut d_k, mut d_v], mut dtable, mut dbias } =
-        pairs;
+    let Pairs { terms, q, k, v, dout, grads: [mut dq, mut d_k, mut d_v], mut dbias } = pairs;
     let ([batch, _, heads, _], kv_heads) = (q.shape(), k.shape()[2]);
     let group = heads / kv_heads.max(1);
     for h in 0..heads {
-        // A table belongs to all heads, and is cleared several times.
-        bias_grads(&mut dtable, &mut dbias, h).clear();
+        bias_grads(None, &mut dbias, h).clear();
     }
     for n in 0..batch {
+        let mut dtable = dtables.as_mut().map(|x| x.row_mut([n, 0]));
+        bias_grads(dtable.as_deref_mut(), &mut None, 0).clear();
         let mask = terms.key_mask.filter(|_| lk > 0).map(|m| m.row([n, 0]));
         for (x, seen) in hidden.iter_mut().zip(mask.into_iter().flatten()) {
             *x = if *seen { 0.0 } else { f32::NEG_INFINITY };
@@ -194,7 +223,7 @@ fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
                     dq: matrix(q_sum, [lq, dk]),
                     dk: matrix(k_sum, [lk, dk]),
                     dv: matrix(v_sum, [lk, dv]),
-                    bias: bias_grads(&mut dtable, &mut dbias, h),
+                    bias: bias_grads(dtable.as_deref_mut(), &mut dbias, h),
                 };
                 work.backward(b, &rule, PairInputs { q, k, v, dout }, to);
                 finish(b, q_sum, dq.head_mut(n, h));
@@ -212,12 +241,12 @@ fn work<B: Backend, E: Element>(b: B, pairs: Pairs<'_, E>, mut cut: Cut<'_>) {
 
 /// Gradients of what is added to the scores of one head.
 fn bias_grads<'x>(
-    table: &'x mut Option<&mut [f32]>,
+    table: Option<&'x mut [f32]>,
     bias: &'x mut Option<ViewMut<'_, f32, 3>>,
     head: usize,
 ) -> BiasGrads<'x> {
     let matrix = bias.as_mut().map(|x| x.reborrow().matrix_at(head));
-    BiasGrads { table: table.as_deref_mut(), matrix }
+    BiasGrads { table, matrix }
 }
 
 /// A call, ready to be dispatched.
@@ -230,19 +259,25 @@ impl<E: Element> Task for Backward<'_, '_, E> {
     type Output = Result<()>;
     fn run<B: Backend>(self, b: B) -> Result<()> {
         let bytes = self.job.pairs.bytes::<B>();
-        self.rt.divide(self.job, bytes, &|job, cut| work(b, job.pairs, cut))
+        self.rt.divide(self.job, bytes, &|job, cut| work(b, job, cut))
     }
 }
 
-/// Runs a checked call.
-pub(super) fn run<E: Element>(rt: &Runtime, pairs: Pairs<'_, E>) -> Result<()> {
+/// Runs a checked call; `dtable` are the gradients of the table of biases.
+pub(super) fn run<E: Element>(
+    rt: &Runtime,
+    pairs: Pairs<'_, E>,
+    dtable: Option<&mut [f32]>,
+) -> Result<()> {
     let ([batch, ..], threads) = (pairs.q.shape(), rt.threads());
     let even = batch.is_multiple_of(threads) || batch >= 8 * threads;
-    let by_batch = even && pairs.dtable.is_none() && pairs.dbias.is_none();
-    rt.run(Backward { rt, job: Job { pairs, by_batch } })
+    let by_batch = (even || dtable.is_some()) && pairs.dbias.is_none();
+    per_row(rt, dtable, batch, |dtables| {
+        rt.run(Backward { rt, job: Job { pairs, dtables, by_batch } })
+    })
 }
 
-/// Scratch of one part.
+/// Scratch of one part, without gradients of a table.
 pub(super) fn scratch_bytes(rt: &Runtime, shape: PairShape) -> usize {
     struct Ask(PairShape);
     impl Task for Ask {

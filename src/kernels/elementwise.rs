@@ -1,7 +1,8 @@
 //! Sums and products of rows.
 
 use super::rows::{Map, RowKernel, map};
-use crate::simd::Lanes;
+use crate::simd::{Backend, Kernel, Lanes, Task};
+use crate::tensor::View;
 
 /// `out = out * in`
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +49,73 @@ impl RowKernel<1> for OffsetScale<'_> {
         for (out, (gamma, beta)) in out.chunks_exact_mut(s).zip(heads) {
             map(l, Affine, [x, gamma, beta], out);
         }
+    }
+}
+
+/// The gradient of the `x` of [`OffsetScale`], given that of its result: `out = sum_h in_h * gamma_h`.
+#[derive(Clone, Copy, Debug)]
+pub struct OffsetScaleSlope<'a> {
+    /// `[heads, width]`
+    pub gamma: &'a [f32],
+}
+
+/// The gradients of the parameters of [`OffsetScale`], sums over rows in order.
+#[derive(Debug)]
+pub struct OffsetScaleSums<'a> {
+    /// `[rows, width]`
+    pub x: View<'a, f32, 2>,
+    /// `[rows, heads * width]`
+    pub dout: View<'a, f32, 2>,
+    /// Of `gamma` and `beta`, `[heads, width]`; overwritten.
+    pub grads: [&'a mut [f32]; 2],
+}
+
+/// `out + x * y`
+#[derive(Clone, Copy)]
+struct AddProduct;
+
+impl<L: Lanes> Map<L, 2> for AddProduct {
+    #[inline(always)]
+    fn apply(self, l: L, old: L::F, [x, y]: [L::F; 2]) -> L::F {
+        l.mul_add(x, y, old)
+    }
+}
+
+impl RowKernel<1> for OffsetScaleSlope<'_> {
+    const COST: usize = 8;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [dout]: [&[f32]; 1], out: &mut [f32]) {
+        let s = out.len().max(1);
+        out.fill(0.0);
+        for (dout, gamma) in dout.chunks_exact(s).zip(self.gamma.chunks_exact(s)) {
+            map(l, AddProduct, [dout, gamma], out);
+        }
+    }
+}
+
+impl<B: Backend> Kernel<B> for OffsetScaleSums<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        let ([rows, s], [dgamma, dbeta]) = (self.x.shape(), self.grads);
+        dgamma.fill(0.0);
+        dbeta.fill(0.0);
+        let s = s.max(1);
+        for i in 0..rows {
+            let (x, dout) = (self.x.row([i, 0]), self.dout.row([i, 0]));
+            let grads = dgamma.chunks_exact_mut(s).zip(dbeta.chunks_exact_mut(s));
+            for (dout, (dgamma, dbeta)) in dout.chunks_exact(s).zip(grads) {
+                map(b.lanes(), AddProduct, [dout, x], dgamma);
+                map(b.lanes(), Add, [dout], dbeta);
+            }
+        }
+    }
+}
+
+impl Task for OffsetScaleSums<'_> {
+    type Output = ();
+    fn run<B: Backend>(self, b: B) {
+        b.call(self);
     }
 }
 

@@ -20,7 +20,7 @@ use linattn::layers::{
 use linattn::{Result, Runtime};
 
 /// Gradients of every operation, and of what layers are made of.
-pub const BACKWARD: [(&str, Call); 23] = [
+pub const BACKWARD: [(&str, Call); 24] = [
     ("gradients of softmax", softmax),
     ("gradients of softmax, bias and mask", softmax_with),
     ("gradients of linear", linear),
@@ -40,6 +40,7 @@ pub const BACKWARD: [(&str, Call); 23] = [
     ("gradients of layer norm", layer_norm),
     ("gradients of GELU", activation),
     ("gradients of a gate", gate),
+    ("gradients of offset and scale", offset_scale),
     ("gradients of LRPE", lrpe),
     ("gradients of LRPE's angles", lrpe_angles),
     ("gradients of RoPE", rope),
@@ -205,6 +206,13 @@ fn gate(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
     let [gate, x, dout] = [(); 3].map(|()| m.input([s.len, s.dk]));
     let to = [(); 2].map(|()| m.output([s.len, s.dk]));
     m.call(|| pointwise::gate_backward(rt, Activation::Silu, gate, x, dout, to))
+}
+
+fn offset_scale(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {
+    let (x, dout) = (m.input([s.len, s.dk]), m.input([s.len, s.heads * s.dk]));
+    let (gamma, dx) = (m.numbers(s.heads * s.dk), m.output([s.len, s.dk]));
+    let grads = [(); 2].map(|()| m.output([s.heads * s.dk]));
+    m.call(|| pointwise::offset_scale_backward(rt, x, gamma, dout, dx, grads))
 }
 
 fn lrpe(rt: &Runtime, s: Size, m: &Memory) -> Result<()> {

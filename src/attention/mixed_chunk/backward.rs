@@ -13,7 +13,7 @@
 use super::{
     BiasGrads, Extra, LinReduce, MixedChunkAttention, MixedChunkConfig, OP, check_bias_grads,
 };
-use crate::attention::pairs::{finish, matrix, plain};
+use crate::attention::pairs::{finish, matrix, per_row, plain};
 use crate::error::{Result, expect_shape};
 use crate::kernels::gemm::{matmul, matmul_bytes, output, rows};
 use crate::kernels::pairs::{Link, PairGrads, PairInputs, PairRule, PairShape, PairWork};
@@ -87,10 +87,15 @@ impl MixedChunkAttention {
             return Ok(());
         }
         let config = self.config;
-        rt.run(Backward { rt, job: Job { config, qk, v, dout, grads, extra, dbias } })
+        let BiasGrads { table, matrix: dmatrix } = dbias;
+        per_row(rt, table, batch, |dtables| {
+            let job = Job { config, qk, v, dout, grads, extra, dtables, dmatrix };
+            rt.run(Backward { rt, job })
+        })
     }
 
-    /// Scratch bytes that [`backward`](Self::backward) takes from the runtime for one thread, at most.
+    /// Scratch bytes that [`backward`](Self::backward) takes from the runtime for one thread, at most. The gradient of a
+    /// table takes as many floats per batch row as it has.
     #[must_use]
     pub fn backward_scratch_bytes(&self, rt: &Runtime, len: usize, s: usize, e: usize) -> usize {
         struct Ask(Sizes);
@@ -154,7 +159,9 @@ struct Job<'a, E> {
     dout: View<'a, E, 3>,
     grads: [ViewMut<'a, E, 3>; 5],
     extra: Extra<'a>,
-    dbias: BiasGrads<'a>,
+    /// `[batch, 2 C - 1]`
+    dtables: Option<ViewMut<'a, f32, 2>>,
+    dmatrix: Option<ViewMut<'a, f32, 2>>,
 }
 
 impl<E: Element> Job<'_, E> {
@@ -168,9 +175,8 @@ impl<E: Element> Job<'_, E> {
 
 impl<E: Element> Divide for Job<'_, E> {
     fn units(&self) -> usize {
-        // The gradients of a bias are sums over all batch rows.
-        let alone = self.dbias.table.is_some() || self.dbias.matrix.is_some();
-        if alone { 1 } else { self.v.shape()[0] }
+        // The gradient of a matrix is a sum over all batch rows.
+        if self.dmatrix.is_some() { 1 } else { self.v.shape()[0] }
     }
 
     fn flops(&self) -> usize {
@@ -180,18 +186,20 @@ impl<E: Element> Divide for Job<'_, E> {
     }
 
     fn split(self, mid: usize) -> (Self, Self) {
-        let Job { config, qk, v, dout, grads, extra, dbias } = self;
+        let Job { config, qk, v, dout, grads, extra, dtables, dmatrix } = self;
         let end = v.shape()[0];
         let [a, b, c, d, f] = grads.map(|x| x.split_at(0, mid));
-        let part = |from: usize, to: usize, grads, dbias| {
+        let (near, far) = dtables.map(|x| x.split_at(0, mid)).unzip();
+        let part = |from: usize, to: usize, grads, dtables, dmatrix| {
             let mut extra = extra;
             extra.key_mask = extra.key_mask.map(|m| m.slice(0, from, to));
             let [v, dout] = [v, dout].map(|x| x.slice(0, from, to));
-            Job { config, qk: qk.map(|x| x.slice(0, from, to)), v, dout, grads, extra, dbias }
+            let qk = qk.map(|x| x.slice(0, from, to));
+            Job { config, qk, v, dout, grads, extra, dtables, dmatrix }
         };
         (
-            part(0, mid, [a.0, b.0, c.0, d.0, f.0], dbias),
-            part(mid, end, [a.1, b.1, c.1, d.1, f.1], BiasGrads::default()),
+            part(0, mid, [a.0, b.0, c.0, d.0, f.0], near, dmatrix),
+            part(mid, end, [a.1, b.1, c.1, d.1, f.1], far, None),
         )
     }
 }
@@ -341,7 +349,7 @@ impl<B: Backend, E: Element> Sequence<'_, '_, B, E> {
 /// All batch rows of a part.
 fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut cut: Cut<'_>) {
     let (sizes, config) = (job.sizes(), job.config);
-    job.dbias.clear();
+    BiasGrads { table: None, matrix: job.dmatrix.as_mut().map(ViewMut::reborrow) }.clear();
     let MixedChunkConfig { act, causal, quad_scale: scale, .. } = config;
     let [q, l, k, g, v, dout, sum, dsum, part, values] = sizes.lens().map(|n| cut.take::<f32>(n));
     let products = cut.take::<u8>(sizes.products::<B>());
@@ -368,6 +376,13 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut cut: Cut<'_>) {
             plain(b, lin_q, None, &mut *l),
             plain(b, lin_k, mask, &mut *g),
         ];
+        let mut dbias = BiasGrads {
+            table: job.dtables.as_mut().map(|x| x.row_mut([n, 0])),
+            matrix: job.dmatrix.as_mut().map(ViewMut::reborrow),
+        };
+        if let Some(table) = &mut dbias.table {
+            table.fill(0.0);
+        }
         let sequence = Sequence {
             config,
             rule,
@@ -380,7 +395,7 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut cut: Cut<'_>) {
             work: &mut pairs,
             products: &mut *products,
             grads: job.grads.each_mut().map(|x| x.reborrow().matrix_at(n)),
-            dbias: job.dbias.reborrow(),
+            dbias,
         };
         sequence.run(b);
     }

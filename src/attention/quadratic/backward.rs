@@ -109,11 +109,13 @@ impl QuadraticAttention {
         let [q, k, v, dout] = [q, k, v, dout].map(|x| x.repeat_heads(1));
         let [dq, dk, dv] = grads.map(|x| x.split_heads(1));
         let grads = [dq?, dk?, dv?];
-        let (dtable, dbias) = (dbias.table, dbias.matrix.map(ViewMut::alone));
-        run(rt, Pairs { terms, q, k, v, dout, grads, dtable, dbias })
+        let BiasGrads { table, matrix } = dbias;
+        let dbias = matrix.map(ViewMut::alone);
+        run(rt, Pairs { terms, q, k, v, dout, grads, dbias }, table)
     }
 
-    /// Scratch bytes that [`backward`](Self::backward) takes from the runtime for one thread, at most.
+    /// Scratch bytes that [`backward`](Self::backward) takes from the runtime for one thread, at most. The gradient of a
+    /// table takes as many floats per batch row as it has.
     #[must_use]
     pub fn backward_scratch_bytes(&self, rt: &Runtime, [lq, lk, s, e]: [usize; 4]) -> usize {
         crate::attention::pairs::scratch_bytes(rt, PairShape { lq, lk, dk: s, dv: e })

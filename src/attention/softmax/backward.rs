@@ -86,7 +86,7 @@ impl SoftmaxAttention {
             offset: self.mask.offset(lq, lk),
             key_mask: extra.key_mask,
         };
-        run(rt, Pairs { terms, q, k, v, dout, grads, dtable: None, dbias })
+        run(rt, Pairs { terms, q, k, v, dout, grads, dbias }, None)
     }
 
     /// Scratch bytes that [`backward`](Self::backward) takes from the runtime for one thread, at most.

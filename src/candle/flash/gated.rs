@@ -1,5 +1,6 @@
 //! What the gated attention unit and the FLASH layer share: all but the attention itself.
 
+use super::heads::offset_scale;
 use crate::candle::norm::NormLayer;
 use crate::candle::{Linear, Result, activate, gate, rms_norm, rope, scale_norm};
 use crate::layers::flash::GateNorm;
@@ -133,7 +134,7 @@ impl Gated {
                 (all.narrow(2, e, e)?, all.narrow(2, 0, e)?, z)
             }
         };
-        let heads = z.unsqueeze(2)?.broadcast_mul(&self.gamma)?.broadcast_add(&self.beta)?;
+        let heads = offset_scale(&self.rt, &z, [&self.gamma, &self.beta])?;
         let heads = match &self.rope {
             Some(turn) => rope(&self.rt, &heads, turn, 0)?,
             None => heads,

@@ -3,6 +3,7 @@
 mod attention;
 mod bias;
 mod gated;
+mod heads;
 mod layers;
 mod model;
 

@@ -155,3 +155,51 @@ fn refusals_name_the_argument() {
     assert!(text.contains("below 3"), "{text}");
     assert_eq!(out, [7.0; 6]);
 }
+
+#[test]
+fn heads_agree_with_the_definition() -> Result<(), Error> {
+    let seed = 33;
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    for (rows, width, heads) in [(1, 1, 1), (3, 7, 2), (130, 67, 4)] {
+        let (all, wide) = (normal(&mut rng, rows * (width + 3)), heads * width);
+        let (x, far) = (strided(&all, width), normal(&mut rng, rows * (wide + 3)));
+        let (dout, shape) = (strided(&far, wide), [rows, wide]);
+        let [gamma, beta] = [(); 2].map(|()| normal(&mut rng, wide));
+        let [mut out, mut dx] = [wide, width].map(|n| vec![0.0; rows * n]);
+        let [mut dgamma, mut dbeta] = [(); 2].map(|()| vec![0.0; wide]);
+        for (i, c) in (0..rows).flat_map(|i| (0..wide).map(move |c| (i, c))) {
+            let [x, d] = [x.row([i, 0])[c % width], dout.row([i, 0])[c]].map(f64::from);
+            let [gamma, beta] = [gamma[c], beta[c]].map(f64::from);
+            out[i * wide + c] = x * gamma + beta;
+            dx[i * width + c % width] += d * gamma;
+            dgamma[c] += d * x;
+            dbeta[c] += d;
+        }
+        let want = [out, dx, dgamma, dbeta];
+        for isa in isas() {
+            let run = |rt: &Runtime| -> Result<[Vec<f32>; 4], Error> {
+                let mut got = want.each_ref().map(|want| vec![f32::NAN; want.len()]);
+                let [out, dx, dgamma, dbeta] = &mut got;
+                pointwise::offset_scale(rt, x, [&gamma, &beta], ViewMut::new(out, shape)?)?;
+                let dx = ViewMut::new(dx, [rows, width])?;
+                let sums = [ViewMut::new(dgamma, [wide])?, ViewMut::new(dbeta, [wide])?];
+                pointwise::offset_scale_backward(rt, x, &gamma, dout, dx, sums)?;
+                Ok(got)
+            };
+            let got = run(&with_threads(isa, Some(1)))?;
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                close(got, want, F32, &format!("{isa:?} {i} of {rows} x {width}, {heads} heads"));
+            }
+            let other = run(&with_threads(isa, Some(3)))?;
+            assert_eq!(got.map(|x| bits(&x)), other.map(|x| bits(&x)), "threads change bits");
+        }
+    }
+    let (rt, x) = (Runtime::new()?, View::new(&[1.0f32; 6], [2, 3])?);
+    let mut out = [7.0; 12];
+    let view = ViewMut::new(&mut out, [2, 6])?;
+    let refused = pointwise::offset_scale(&rt, x, [&[1.0; 6], &[1.0; 5]], view);
+    assert!(refused.expect_err("too short").to_string().contains("beta"));
+    assert_eq!(out, [7.0; 12]);
+    Ok(())
+}
