@@ -48,7 +48,7 @@ struct Job<'a, E> {
     by_batch: bool,
 }
 
-/// Runs `work` with gradients of a table of biases for each batch row (`[batch, entries]`), and adds them up in order:
+/// Runs `work` with gradients of a table of biases for each batch row (`[batch, entries]`, zeros), and adds them up in order:
 /// threads write their own, and the sum does not depend on how many there are.
 pub(super) fn per_row(
     rt: &Runtime,
@@ -60,6 +60,7 @@ pub(super) fn per_row(
     let entries = total.len();
     rt.with_scratch(bytes_of::<f32>(batch * entries), |mut cut| {
         let rows = cut.take::<f32>(batch * entries);
+        rows.fill(0.0);
         work(Some(ViewMut::new(&mut *rows, [batch, entries])?))?;
         total.fill(0.0);
         for row in rows.chunks_exact(entries.max(1)) {
@@ -128,13 +129,8 @@ impl<E: Element> Divide for Job<'_, E> {
             }
             x => (x, None),
         };
-        let (near_tables, far_tables) = match dtables {
-            Some(x) if by_batch => {
-                let (near, far) = x.split_at(0, mid);
-                (Some(near), Some(far))
-            }
-            x => (x, None),
-        };
+        // With tables there is nothing but batch rows to divide.
+        let (near_tables, far_tables) = dtables.map(|x| x.split_at(0, mid)).unzip();
         let part = |from: [usize; 2], to: [usize; 2], grads, dtables, dbias| {
             let mut terms = terms;
             match by_batch {
@@ -196,7 +192,6 @@ fn work<B: Backend, E: Element>(b: B, job: Job<'_, E>, mut cut: Cut<'_>) {
     }
     for n in 0..batch {
         let mut dtable = dtables.as_mut().map(|x| x.row_mut([n, 0]));
-        bias_grads(dtable.as_deref_mut(), &mut None, 0).clear();
         let mask = terms.key_mask.filter(|_| lk > 0).map(|m| m.row([n, 0]));
         for (x, seen) in hidden.iter_mut().zip(mask.into_iter().flatten()) {
             *x = if *seen { 0.0 } else { f32::NEG_INFINITY };

@@ -120,11 +120,6 @@ pub struct Meanwhile<'b, S> {
 
 impl<L: Lanes, S: Sink<L>> Sink<L> for Meanwhile<'_, S> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,
         l: L,

@@ -45,12 +45,12 @@ impl<'a> Store<'a> {
         acc: &[[L::F; V]; M],
         put: impl Fn(&mut L::F, L::F, usize, usize),
     ) {
-        let rows: [&mut [f32]; M] = self.out.rows_mut(i, j, V * L::N);
-        each_row!(r < M => {
-            let (row, _) = l.split_mut(&mut *rows[r]);
-            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-            each_row!(v < V => put(&mut row[v], acc[r][v], r, v));
-        });
+        each_vector::<L, M, V>(
+            l,
+            self.out.rows_mut(i, j, V * L::N),
+            #[inline(always)]
+            |to, r, v| put(to, acc[r][v], r, v),
+        );
     }
 
     /// The columns `from .. to` of row `i`: a vector, a whole one or its head.
@@ -177,11 +177,6 @@ const WIDEST: usize = PANEL;
 
 impl<L: Lanes, E: Element, C: Convert> Sink<L> for Narrow<'_, E, C> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,
         l: L,
@@ -236,11 +231,6 @@ pub struct Whole<'a> {
 
 impl<L: Lanes> Sink<L> for Whole<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,
         l: L,
@@ -269,11 +259,25 @@ pub fn fill_tile<L: Lanes, const M: usize, const V: usize>(
     [at, stride]: [usize; 2],
     value: impl Fn(usize, usize) -> L::F,
 ) {
-    let rows: [&mut [f32]; M] = rows_of_tile(data, at, stride, V * L::N);
+    each_vector::<L, M, V>(
+        l,
+        rows_of_tile(data, at, stride, V * L::N),
+        #[inline(always)]
+        |to, r, v| *to = value(r, v),
+    );
+}
+
+/// Hands out the `V` vectors of each of `M` rows, with their row and their number in it.
+#[inline(always)]
+pub fn each_vector<L: Lanes, const M: usize, const V: usize>(
+    l: L,
+    rows: [&mut [f32]; M],
+    f: impl Fn(&mut L::F, usize, usize),
+) {
     each_row!(r < M => {
         let (row, _) = l.split_mut(&mut *rows[r]);
         let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-        each_row!(v < V => row[v] = value(r, v));
+        each_row!(v < V => f(&mut row[v], r, v));
     });
 }
 
@@ -283,11 +287,6 @@ pub struct AddPanel<'a>(pub &'a mut [f32]);
 
 impl<L: Lanes> Sink<L> for AddPanel<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,
         l: L,
@@ -296,13 +295,11 @@ impl<L: Lanes> Sink<L> for AddPanel<'_> {
         _: usize,
         acc: &[[L::F; V]; M],
     ) {
-        let rows = &mut self.0[i * PANEL..][..M * PANEL];
-        each_row!(r < M => {
-            let (row, _) = l.split_mut(&mut rows[r * PANEL + j..][..V * L::N]);
-            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-            for v in 0..V {
-                row[v] = l.add(row[v], acc[r][v]);
-            }
-        });
+        each_vector::<L, M, V>(
+            l,
+            rows_of_tile(self.0, i * PANEL + j, PANEL, V * L::N),
+            #[inline(always)]
+            |to, r, v| *to = l.add(*to, acc[r][v]),
+        );
     }
 }

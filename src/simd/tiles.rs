@@ -143,10 +143,13 @@ macro_rules! each_row {
 }
 pub(crate) use each_row;
 
-/// Takes finished tiles.
+/// Takes finished tiles. Each of the two methods is written in terms of the other: a sink has its own of at least one.
 pub trait Sink<L: Lanes> {
     /// Row `i`, columns `j .. j + width` of the result, in `V` vectors of which the last may be partly filled.
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]);
+    #[inline(always)]
+    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
+        self.put_tile(l, i, j, width, &[*acc]);
+    }
 
     /// `M` rows from row `i` on. Worth overriding where rows share work.
     #[inline(always)]

@@ -376,13 +376,10 @@ fn work<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut cut: Cut<'_>) {
             plain(b, lin_q, None, &mut *l),
             plain(b, lin_k, mask, &mut *g),
         ];
-        let mut dbias = BiasGrads {
+        let dbias = BiasGrads {
             table: job.dtables.as_mut().map(|x| x.row_mut([n, 0])),
             matrix: job.dmatrix.as_mut().map(ViewMut::reborrow),
         };
-        if let Some(table) = &mut dbias.table {
-            table.fill(0.0);
-        }
         let sequence = Sequence {
             config,
             rule,

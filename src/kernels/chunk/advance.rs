@@ -5,11 +5,9 @@ use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{finite_rows, rows_of};
-use crate::kernels::store::Narrow;
-use crate::simd::{
-    Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles, each_row,
-};
-use crate::tensor::{Element, ViewMut};
+use crate::kernels::store::{Narrow, each_vector};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles};
+use crate::tensor::{Element, ViewMut, rows_of_tile};
 
 /// The outputs and the new state of one chunk.
 #[derive(Debug)]
@@ -53,23 +51,16 @@ impl Update<'_> {
         form: impl Form,
     ) {
         let lane = if V * L::N == PANEL { 0 } else { j % PANEL };
-        let rows = &mut self.state[i * PANEL..][..M * PANEL];
-        each_row!(r < M => {
-            let (row, _) = l.split_mut(&mut rows[r * PANEL + lane..][..V * L::N]);
-            let row: &mut [L::F; V] = row.try_into().expect("V vectors");
-            for v in 0..V {
-                row[v] = form.next(l, row[v], acc[r][v]);
-            }
-        });
+        each_vector::<L, M, V>(
+            l,
+            rows_of_tile(self.state, i * PANEL + lane, PANEL, V * L::N),
+            #[inline(always)]
+            |to, r, v| *to = form.next(l, *to, acc[r][v]),
+        );
     }
 }
 
 impl<L: Lanes> Sink<L> for Update<'_> {
-    #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
     #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,

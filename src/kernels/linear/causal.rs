@@ -84,11 +84,6 @@ struct Masked<'a>(&'a mut [f32]);
 
 impl<L: Lanes> Sink<L> for Masked<'_> {
     #[inline(always)]
-    fn put<const V: usize>(&mut self, l: L, i: usize, j: usize, width: usize, acc: &[L::F; V]) {
-        self.put_tile(l, i, j, width, &[*acc]);
-    }
-
-    #[inline(always)]
     fn put_tile<const M: usize, const V: usize>(
         &mut self,
         l: L,
