@@ -122,7 +122,7 @@ pub struct Runtime {
     finer: Engine,
     threads: Option<usize>,
     #[cfg(feature = "std")]
-    blocks: alloc::sync::Arc<std::sync::Mutex<alloc::vec::Vec<Block>>>,
+    blocks: crate::scratch::Pool,
 }
 
 /// Settings of a [`Runtime`].
@@ -176,7 +176,7 @@ impl Builder {
                 None => env_threads()?,
             },
             #[cfg(feature = "std")]
-            blocks: alloc::sync::Arc::default(),
+            blocks: crate::scratch::Pool::default(),
         })
     }
 }
@@ -264,7 +264,7 @@ impl Runtime {
             finer: self.finer,
             threads: self.threads,
             #[cfg(feature = "std")]
-            blocks: alloc::sync::Arc::clone(&self.blocks),
+            blocks: self.blocks.clone(),
         }
     }
 
@@ -376,26 +376,20 @@ impl Runtime {
         Ok(out)
     }
 
-    /// Takes the smallest kept block that is large enough, else the largest: calls of the same shape come to
-    /// need no new memory after the first.
     #[cfg(feature = "std")]
     fn take_block(&self, bytes: usize) -> Block {
-        let mut kept = self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let order = |b: &Block| match b.bytes() {
-            n if n >= bytes => (0, n),
-            n => (1, usize::MAX - n),
-        };
-        let best = (0..kept.len()).min_by_key(|i| order(&kept[*i]));
-        best.map_or_else(Block::new, |i| kept.swap_remove(i))
+        self.blocks.take(bytes)
     }
 
     #[cfg(feature = "std")]
     fn keep_block(&self, block: Block) {
-        let mut kept = self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Without room for one more it is given back, and a later call takes another.
-        if kept.try_reserve(1).is_ok() {
-            kept.push(block);
-        }
+        self.blocks.keep(block);
+    }
+
+    /// `len` floats of whatever values, kept for later calls once they are dropped.
+    #[cfg(feature = "candle")]
+    pub(crate) fn floats(&self, len: usize) -> Result<crate::scratch::Floats> {
+        self.blocks.floats(len)
     }
 
     #[cfg(not(feature = "std"))]

@@ -43,6 +43,84 @@ impl Block {
     }
 }
 
+/// Blocks between calls.
+#[cfg(feature = "std")]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pool(alloc::sync::Arc<std::sync::Mutex<Vec<Block>>>);
+
+#[cfg(feature = "std")]
+impl Pool {
+    fn blocks(&self) -> std::sync::MutexGuard<'_, Vec<Block>> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Takes the smallest kept block that is large enough, else the largest: calls of the same shape come to
+    /// need no new memory after the first.
+    pub(crate) fn take(&self, bytes: usize) -> Block {
+        let mut kept = self.blocks();
+        let order = |b: &Block| match b.bytes() {
+            n if n >= bytes => (0, n),
+            n => (1, usize::MAX - n),
+        };
+        let best = (0..kept.len()).min_by_key(|i| order(&kept[*i]));
+        best.map_or_else(Block::new, |i| kept.swap_remove(i))
+    }
+
+    /// Keeps a block for later.
+    pub(crate) fn keep(&self, block: Block) {
+        let mut kept = self.blocks();
+        // Without room for one more it is given back, and a later call takes another.
+        if kept.try_reserve(1).is_ok() {
+            kept.push(block);
+        }
+    }
+
+    /// `len` floats for longer than a call. A block is not taken for much less than it holds, because others may wait for
+    /// it as long as these live.
+    #[cfg(feature = "candle")]
+    pub(crate) fn floats(&self, len: usize) -> Result<Floats> {
+        let bytes = len.saturating_mul(size_of::<f32>());
+        let mut kept = self.blocks();
+        let fits = |i: &usize| (bytes..=bytes.saturating_mul(2)).contains(&kept[*i].bytes());
+        let best = (0..kept.len()).filter(fits).min_by_key(|i| kept[*i].bytes());
+        let mut block = best.map_or_else(Block::new, |i| kept.swap_remove(i));
+        drop(kept);
+        block.grow(bytes)?;
+        Ok(Floats { block, len, pool: self.clone() })
+    }
+}
+
+/// Floats of a pool, which has them back when they are dropped. They hold whatever an earlier user left there.
+#[cfg(feature = "candle")]
+#[derive(Debug)]
+pub(crate) struct Floats {
+    block: Block,
+    len: usize,
+    pool: Pool,
+}
+
+#[cfg(feature = "candle")]
+impl core::ops::Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.block.0[..self.len * size_of::<f32>()])
+    }
+}
+
+#[cfg(feature = "candle")]
+impl core::ops::DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.block.0[..self.len * size_of::<f32>()])
+    }
+}
+
+#[cfg(feature = "candle")]
+impl Drop for Floats {
+    fn drop(&mut self) {
+        self.pool.keep(core::mem::replace(&mut self.block, Block::new()));
+    }
+}
+
 /// An empty vector with room for `len` elements, if there is memory for it.
 pub(crate) fn room<T>(len: usize) -> Option<Vec<T>> {
     let mut out = Vec::new();

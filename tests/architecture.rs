@@ -15,7 +15,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("attention", &["error", "simd", "tensor", "scratch", "runtime", "kernels"]),
     ("io", &["error", "tensor"]),
     ("layers", &["error", "simd", "tensor", "scratch", "runtime", "kernels", "attention", "io"]),
-    ("candle", &["error", "tensor", "runtime", "attention", "layers", "models"]),
+    ("candle", &["error", "tensor", "runtime", "scratch", "attention", "layers", "models"]),
     // Of `attention`, models name states and slope schedules; they compute with layers.
     ("models", &["error", "tensor", "scratch", "runtime", "attention", "layers", "io"]),
 ];

@@ -151,15 +151,16 @@ impl Linear {
         Ok(Self::new(rt.clone(), weight, bias))
     }
 
-    /// The weights of maps that have no biases.
-    pub(super) fn plain<const K: usize>(maps: [&Self; K]) -> Option<[&Tensor; K]> {
-        maps.iter().all(|m| m.bias.is_none()).then(|| maps.map(|m| &m.weight))
-    }
-
     /// `[outputs, inputs]`
     #[must_use]
     pub fn weight(&self) -> &Tensor {
         &self.weight
+    }
+
+    /// `[outputs]`
+    #[must_use]
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 }
 

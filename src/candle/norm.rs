@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::call::{Arg, Op, apply1, apply2, apply3, floats};
-use crate::error::Result as Outcome;
+use crate::error::{Error, Result as Outcome, expect_shape};
 use crate::layers::{Norm, NormGradients};
 use crate::runtime::Runtime;
 use crate::tensor::{Element, ViewMut};
@@ -17,7 +17,7 @@ const OP: &str = "norm";
 /// # Errors
 /// For an `eps` that is negative or not finite.
 pub fn srms_norm(rt: &Arc<Runtime>, x: &Tensor, eps: f32) -> Result<Tensor> {
-    apply1(rt, Rows { kind: Kind::Rms, eps }, x)
+    apply1(rt, Rows { kind: Kind::SimpleRms, eps }, x)
 }
 
 /// RMSNorm, `weight * x / sqrt(mean(x^2) + eps)`, as [`Norm::rms`]; `weight`: `[width]`.
@@ -50,39 +50,56 @@ pub fn layer_norm(
     apply3(rt, Rows { kind: Kind::Layer, eps }, [x, weight, bias])
 }
 
-#[derive(Clone, Copy)]
-enum Kind {
+/// Which norm.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    SimpleRms,
+    /// Weight.
     Rms,
+    /// One factor.
     Scale,
+    /// Weight and bias.
     Layer,
 }
 
 /// A norm of rows, whose parameters are arguments.
-#[derive(Clone, Copy)]
-struct Rows {
-    kind: Kind,
-    eps: f32,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    pub kind: Kind,
+    pub eps: f32,
 }
 
 impl Rows {
-    fn norm<E: Element>(self, parameters: &[Arg<'_, E>]) -> Outcome<Norm> {
+    /// How many it has.
+    pub fn parameters(self) -> usize {
+        match self.kind {
+            Kind::SimpleRms => 0,
+            Kind::Rms | Kind::Scale => 1,
+            Kind::Layer => 2,
+        }
+    }
+
+    /// With its parameters.
+    pub fn norm(self, parameters: &[&[f32]]) -> Outcome<Norm> {
+        match (self.kind, parameters) {
+            (Kind::SimpleRms, []) => Norm::simple_rms(self.eps),
+            (Kind::Rms, [weight]) => Norm::rms(weight, self.eps),
+            (Kind::Scale, [factor]) => {
+                expect_shape(OP, "factor", "[1]", [1], [factor.len()])?;
+                Norm::scale(factor[0], self.eps)
+            }
+            (Kind::Layer, [weight, bias]) => Norm::layer(Some(weight), Some(bias), self.eps),
+            _ => Err(Error::shape(OP, "parameters", self.parameters(), parameters.len())),
+        }
+    }
+
+    fn of<E: Element>(self, parameters: &[Arg<'_, E>]) -> Outcome<Norm> {
         let all = parameters.iter().map(|p| {
             let view = p.view::<1>(OP, "parameters")?;
             Ok(view.row([0]).iter().map(|x| x.to_f32()).collect::<Vec<f32>>())
         });
         let all = all.collect::<Outcome<Vec<_>>>()?;
-        let [weight, bias] = [0, 1].map(|i| all.get(i).map(Vec::as_slice));
-        match (self.kind, weight) {
-            (Kind::Layer, _) => Norm::layer(weight, bias, self.eps),
-            (Kind::Scale, Some(&[factor])) => Norm::scale(factor, self.eps),
-            (Kind::Scale, other) => {
-                let got = other.map_or(0, <[f32]>::len);
-                crate::error::expect_shape(OP, "factor", "[1]", [1], [got])?;
-                Norm::simple_rms(self.eps)
-            }
-            (Kind::Rms, Some(weight)) => Norm::rms(weight, self.eps),
-            (Kind::Rms, None) => Norm::simple_rms(self.eps),
-        }
+        self.norm(&all.iter().map(Vec::as_slice).collect::<Vec<_>>())
     }
 }
 
@@ -100,7 +117,7 @@ impl<const K: usize> Op<K> for Rows {
         args: [Arg<'_, E>; K],
         out: &mut [E],
     ) -> Outcome<()> {
-        let (norm, x) = (self.norm(&args[1..])?, args[0].float());
+        let (norm, x) = (self.of(&args[1..])?, args[0].float());
         let x = x.rows()?;
         floats([out], |[out]| norm.forward(rt, x, ViewMut::new(out, x.shape())?))
     }
@@ -112,7 +129,7 @@ impl<const K: usize> Op<K> for Rows {
         dout: Arg<'_, E>,
         grads: [&mut [E]; K],
     ) -> Outcome<()> {
-        let norm = self.norm(&args[1..])?;
+        let norm = self.of(&args[1..])?;
         let (x, dout) = (args[0].float(), dout.float());
         let (x, dout) = (x.rows()?, dout.rows()?);
         floats(grads, |grads| {
@@ -145,6 +162,13 @@ impl NormLayer {
         let weight = vb.get_with_hints(width, "weight", Init::Const(1.0))?;
         let bias = bias.then(|| vb.get_with_hints(width, "bias", Init::Const(0.0)));
         Ok(Self { rt: rt.clone(), weight, bias: bias.transpose()?, eps })
+    }
+
+    /// As a part of a layer.
+    pub fn parts(&self) -> (Rows, Vec<Tensor>) {
+        let kind = if self.bias.is_some() { Kind::Layer } else { Kind::Rms };
+        let parameters = [Some(&self.weight), self.bias.as_ref()].into_iter().flatten();
+        (Rows { kind, eps: self.eps }, parameters.cloned().collect())
     }
 }
 

@@ -1,8 +1,11 @@
 //! Transformers.
 
+use super::feed_forward::FeedForward;
+use super::layer::{Stream, apply, stacked};
 use super::linear::{embed, embedding_and_head};
 use super::norm::NormLayer;
-use super::{Linear, Result, activate, attend, gate, rope, wrap};
+use super::self_attention::SelfAttention;
+use super::{Linear, Result, wrap};
 use crate::attention::Mask;
 use crate::attention::softmax::SoftmaxAttention;
 use crate::layers::Rope;
@@ -18,16 +21,15 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct TransformerBlock {
     rt: Arc<Runtime>,
-    config: TransformerConfig,
     norm1: NormLayer,
     norm2: NormLayer,
+    attention: SelfAttention,
     qkv: [Linear; 3],
     wo: Linear,
+    feed_forward: FeedForward,
     gate: Option<Linear>,
     up: Linear,
     down: Linear,
-    rope: Option<Rope>,
-    attention: SoftmaxAttention,
 }
 
 impl TransformerBlock {
@@ -36,7 +38,7 @@ impl TransformerBlock {
     /// # Errors
     /// For parameters that are missing or of another shape, and another attention than softmax.
     pub fn load(rt: &Arc<Runtime>, config: &TransformerConfig, vb: VarBuilder<'_>) -> Result<Self> {
-        let c = config.clone();
+        let c = config;
         if c.attention != AttentionKind::Softmax {
             bail!("transformer block: attention must be softmax, got {:?}", c.attention);
         }
@@ -44,57 +46,40 @@ impl TransformerBlock {
         let map = |name, from, to| Linear::load(rt, [from, to], c.bias, vb.pp(name));
         let [wide, shared] = [c.heads, c.kv_heads].map(|h| h * c.head_dim);
         let rotary = c.rope.map(|r| Rope::new(r.style, r.dim, r.base)).transpose();
-        let (_, gated) = c.ffn.parts();
+        let (act, gated) = c.ffn.parts();
+        let mask = if c.causal { Mask::Causal } else { Mask::Full };
         Ok(Self {
             rt: rt.clone(),
             norm1: norm("norm1")?,
             norm2: norm("norm2")?,
+            attention: SelfAttention {
+                heads: c.heads,
+                kv_heads: c.kv_heads,
+                head_dim: c.head_dim,
+                rope: rotary.map_err(wrap)?,
+                bias: c.bias,
+                attention: SoftmaxAttention::new().with_mask(mask),
+            },
             qkv: [map("wq", c.dim, wide)?, map("wk", c.dim, shared)?, map("wv", c.dim, shared)?],
             wo: map("wo", wide, c.dim)?,
+            feed_forward: FeedForward { act, gated, bias: c.bias },
             gate: gated.then(|| map("w_gate", c.dim, c.ffn_dim)).transpose()?,
             up: map("w_up", c.dim, c.ffn_dim)?,
             down: map("w_down", c.ffn_dim, c.dim)?,
-            rope: rotary.map_err(wrap)?,
-            attention: SoftmaxAttention::new().with_mask(if c.causal {
-                Mask::Causal
-            } else {
-                Mask::Full
-            }),
-            config: c,
         })
-    }
-
-    fn attention(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, len, _) = x.dims3()?;
-        let mut qkv = Vec::with_capacity(3);
-        for (i, map) in self.qkv.iter().enumerate() {
-            let heads = if i == 0 { self.config.heads } else { self.config.kv_heads };
-            let x = map.forward(x)?.reshape((batch, len, heads, self.config.head_dim))?;
-            qkv.push(match &self.rope {
-                Some(turn) if i < 2 => rope(&self.rt, &x, turn, 0)?,
-                _ => x,
-            });
-        }
-        let mixed = attend(&self.rt, &self.attention, [&qkv[0], &qkv[1], &qkv[2]])?;
-        let wide = self.config.heads * self.config.head_dim;
-        self.wo.forward(&mixed.reshape((batch, len, wide))?)
-    }
-
-    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (act, _) = self.config.ffn.parts();
-        let inner = match &self.gate {
-            Some(map) => gate(&self.rt, act, &map.forward(x)?, &self.up.forward(x)?)?,
-            None => activate(&self.rt, &self.up.forward(x)?, act)?,
-        };
-        self.down.forward(&inner)
     }
 }
 
 impl Module for TransformerBlock {
     /// `[batch, len, dim]`
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention(&self.norm1.forward(x)?)?)?;
-        &x + self.feed_forward(&self.norm2.forward(&x)?)?
+        let around = |norm: &NormLayer| Stream { norm: Some(norm.parts()), residual: true };
+        let [q, k, v] = &self.qkv;
+        let params = [stacked(&[q, k, v])?, stacked(&[&self.wo])?].concat();
+        let x = apply(&self.rt, self.attention.clone(), &around(&self.norm1), x, &params)?;
+        let first: Vec<&Linear> = self.gate.iter().chain([&self.up]).collect();
+        let params = [stacked(&first)?, stacked(&[&self.down])?].concat();
+        apply(&self.rt, self.feed_forward, &around(&self.norm2), &x, &params)
     }
 }
 

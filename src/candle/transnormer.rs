@@ -1,10 +1,11 @@
 //! TransNormerLLM.
 
-use super::gla::{self, Gla};
+use super::feed_forward::FeedForward;
+use super::gla::Gla;
+use super::layer::{Stream, apply, stacked};
 use super::linear::{embed, embedding_and_head};
-use super::sglu;
-use super::stream::Stream;
-use super::{Linear, Result, gate, srms_norm, wrap};
+use super::norm::{Kind, Rows};
+use super::{Linear, Result, srms_norm, wrap};
 use crate::attention::lightning::LightningAttention;
 use crate::layers::{GlaConfig, SgluConfig};
 use crate::models::TransNormerConfig;
@@ -44,7 +45,12 @@ impl GatedLinearAttention {
         Ok(Self {
             rt: rt.clone(),
             qkvu_proj: Linear::load(rt, [embed_dim, 4 * hidden_dim], bias, vb.pp("qkvu_proj"))?,
-            gla: Gla { config, lrpe, attention: LightningAttention::new(slopes).map_err(wrap)? },
+            gla: Gla {
+                config,
+                bias,
+                lrpe,
+                attention: LightningAttention::new(slopes).map_err(wrap)?,
+            },
             theta: theta.transpose()?,
             out_proj: Linear::load(rt, [hidden_dim, embed_dim], bias, vb.pp("out_proj"))?,
         })
@@ -52,21 +58,18 @@ impl GatedLinearAttention {
 }
 
 impl GatedLinearAttention {
-    fn run(&self, x: &Tensor, stream: Stream) -> Result<Tensor> {
-        let Self { rt, qkvu_proj, gla, theta, out_proj } = self;
-        if let Some([qkvu, out]) = Linear::plain([qkvu_proj, out_proj]) {
-            return gla::attend(rt, gla, stream, [x, qkvu, out], theta.as_ref());
-        }
-        stream.around(rt, x, |x| {
-            out_proj.forward(&gla::mix(rt, gla, &qkvu_proj.forward(x)?, theta.as_ref())?)
-        })
+    fn run(&self, x: &Tensor, stream: &Stream) -> Result<Tensor> {
+        let mut params = stacked(&[&self.qkvu_proj])?;
+        params.extend(self.theta.clone());
+        params.extend(stacked(&[&self.out_proj])?);
+        apply(&self.rt, self.gla.clone(), stream, x, &params)
     }
 }
 
 impl Module for GatedLinearAttention {
     /// `[batch, len, embed]`, each sequence from an empty state.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, Stream::Alone)
+        self.run(x, &Stream::default())
     }
 }
 
@@ -75,6 +78,7 @@ impl Module for GatedLinearAttention {
 pub struct Sglu {
     rt: Arc<Runtime>,
     config: SgluConfig,
+    bias: bool,
     l1: Linear,
     l2: Linear,
     l3: Linear,
@@ -95,6 +99,7 @@ impl Sglu {
         Ok(Self {
             rt: rt.clone(),
             config,
+            bias,
             l1: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l1"))?,
             l2: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l2"))?,
             l3: Linear::load(rt, [glu_dim, embed_dim], bias, vb.pp("l3"))?,
@@ -103,19 +108,18 @@ impl Sglu {
 }
 
 impl Sglu {
-    fn run(&self, x: &Tensor, stream: Stream) -> Result<Tensor> {
-        let Self { rt, config: SgluConfig { act, .. }, l1, l2, l3 } = self;
-        if let Some([w1, w2, w3]) = Linear::plain([l1, l2, l3]) {
-            return sglu::mix(rt, *act, stream, [x, &Tensor::cat(&[w1, w2], 0)?, w3]);
-        }
-        stream.around(rt, x, |x| l3.forward(&gate(rt, *act, &l1.forward(x)?, &l2.forward(x)?)?))
+    fn run(&self, x: &Tensor, stream: &Stream) -> Result<Tensor> {
+        let Self { rt, config: SgluConfig { act, .. }, bias, l1, l2, l3 } = self;
+        let layer = FeedForward { act: *act, gated: true, bias: *bias };
+        let params = [stacked(&[l1, l2])?, stacked(&[l3])?].concat();
+        apply(rt, layer, stream, x, &params)
     }
 }
 
 impl Module for Sglu {
     /// `[.., embed]`
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, Stream::Alone)
+        self.run(x, &Stream::default())
     }
 }
 
@@ -166,8 +170,9 @@ impl TransNormerBlock {
 impl Module for TransNormerBlock {
     /// `[batch, len, embed]`, each sequence from an empty state.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let stream = Stream::Residual { eps: self.norm_eps };
-        self.channel_mixer.run(&self.token_mixer.run(x, stream)?, stream)
+        let norm = Rows { kind: Kind::SimpleRms, eps: self.norm_eps };
+        let stream = Stream { norm: Some((norm, vec![])), residual: true };
+        self.channel_mixer.run(&self.token_mixer.run(x, &stream)?, &stream)
     }
 }
 

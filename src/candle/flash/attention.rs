@@ -3,8 +3,8 @@
 use crate::attention::mixed_chunk::{self, MixedChunkAttention};
 use crate::attention::quadratic::{self, Bias, BiasGrads, QuadraticAttention};
 use crate::candle::Result;
-use crate::candle::call::{Arg, Op, apply_packed, apply2, apply3, floats};
-use crate::error::{Error, Result as Outcome, expect_shape};
+use crate::candle::call::{Arg, Op, apply_packed, apply3, floats};
+use crate::error::{Error, Result as Outcome};
 use crate::runtime::Runtime;
 use crate::tensor::{Element, View, ViewMut};
 use candle_core::{DType, Tensor};
@@ -22,7 +22,7 @@ pub fn quadratic(
     [q, k, v]: [&Tensor; 3],
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let op = OneHead { op: *op, together: false, hidden: None };
+    let op = OneHead(*op);
     match bias {
         Some(bias) => apply_packed(rt, op, [q, k, v, bias]),
         None => apply3(rt, op, [q, k, v]),
@@ -42,28 +42,20 @@ pub fn mixed_chunk(
     v: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let op = OneHead { op: *op, together: false, hidden: None };
+    let op = OneHead(*op);
     match bias {
         Some(bias) => apply_packed(rt, op, [a, b, c, d, v, bias]),
         None => apply_packed(rt, op, [a, b, c, d, v]),
     }
 }
 
-/// As [`quadratic`] or [`mixed_chunk`] with all queries and keys in one tensor, `[batch, len, kinds, s]`, which is not
-/// copied. Keys that `mask` (`[batch, len]`) has zeros for are hidden.
-pub(super) fn attend_heads<const H: usize>(
-    rt: &Arc<Runtime>,
-    op: impl Scored<H>,
-    [heads, v]: [&Tensor; 2],
-    bias: Option<&Tensor>,
-    mask: Option<&Tensor>,
-) -> Result<Tensor> {
-    let hidden = mask.map(Hidden::new).transpose()?;
-    let op = OneHead { op, together: true, hidden };
-    match bias {
-        Some(bias) => apply3(rt, op, [heads, v, bias]),
-        None => apply2(rt, op, [heads, v]),
-    }
+/// One thing per kind of queries and keys.
+pub(super) fn kinds<T, const H: usize>(
+    op: &'static str,
+    all: impl Iterator<Item = Outcome<T>>,
+) -> Outcome<[T; H]> {
+    let all = all.collect::<Outcome<Vec<T>>>()?;
+    all.try_into().map_err(|_| Error::shape(op, "q and k", "one per kind", H))
 }
 
 /// What differs between operations of `H` kinds of queries and keys.
@@ -144,77 +136,99 @@ impl Scored<4> for MixedChunkAttention {
 }
 
 /// Which keys count.
-struct Hidden {
+#[derive(Clone)]
+pub(super) struct Hidden {
     keep: Vec<bool>,
     shape: [usize; 2],
 }
 
 impl Hidden {
-    fn new(mask: &Tensor) -> Result<Self> {
+    /// From zeros for hidden ones, `[batch, len]`.
+    pub fn new(mask: &Tensor) -> Result<Self> {
         let shape = mask.dims2()?.into();
         let mask = mask.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         Ok(Self { keep: mask.into_iter().map(|x| x != 0.0).collect(), shape })
     }
+
+    pub fn view(&self) -> Outcome<View<'_, bool, 2>> {
+        View::new(&self.keep, self.shape)
+    }
+
+    /// Zeros the rows of hidden tokens.
+    pub fn clear(&self, rows: &mut [f32], width: usize) {
+        let rows = rows.chunks_exact_mut(width.max(1)).zip(&self.keep);
+        rows.filter(|(_, keep)| !**keep).for_each(|(row, _)| row.fill(0.0));
+    }
 }
 
-/// An operation with what is not differentiable.
-struct OneHead<A, const H: usize> {
-    op: A,
-    /// All queries and keys are one argument, `[batch, len, kinds, s]`.
-    together: bool,
-    hidden: Option<Hidden>,
+/// A table or a matrix, by its shape, as a bias of scores.
+pub(super) fn bias<'a>(
+    op: &'static str,
+    (data, shape): (&'a [f32], &[usize]),
+) -> Outcome<Bias<'a>> {
+    match *shape {
+        [_] => Ok(Bias { table: Some(data), matrix: None }),
+        [rows, columns] => {
+            Ok(Bias { table: None, matrix: Some(View::new(data, [rows, columns])?) })
+        }
+        _ => Err(Error::shape(op, "bias", "a table or a matrix", shape)),
+    }
 }
+
+/// Where its gradient belongs.
+pub(super) fn bias_gradient<'a>(
+    bias: Bias<'_>,
+    next: impl FnOnce(usize) -> &'a mut [f32],
+) -> Outcome<BiasGrads<'a>> {
+    Ok(match bias {
+        Bias { table: Some(table), .. } => {
+            BiasGrads { table: Some(next(table.len())), matrix: None }
+        }
+        Bias { matrix: Some(m), .. } => {
+            let shape @ [rows, columns] = m.shape();
+            let matrix = Some(ViewMut::new(next(rows * columns), shape)?);
+            BiasGrads { table: None, matrix }
+        }
+        _ => BiasGrads::default(),
+    })
+}
+
+/// Queries and keys of all kinds, values, and a bias or none.
+struct OneHead<A, const H: usize>(A);
 
 impl<A: Scored<H>, const H: usize> OneHead<A, H> {
     /// Queries and keys, and values.
     fn inputs<'a, E: Element>(
-        &self,
         args: &'a [Arg<'_, E>],
     ) -> Outcome<([View<'a, E, 3>; H], View<'a, E, 3>)> {
-        let name = A::NAME;
-        if self.together {
-            let all = args[0].view::<4>(name, "q and k")?;
-            let [batch, len, _, s] = all.shape();
-            let expected = [batch, len, H, s];
-            expect_shape(name, "q and k", "[batch, len, kinds, s]", expected, all.shape())?;
-            return Ok((std::array::from_fn(|h| all.one_head(h)), args[1].view(name, "v")?));
-        }
-        let v = args[H].view(name, "v")?;
+        let v = args[H].view(A::NAME, "v")?;
         let mut qk = [v; H];
         for (view, arg) in qk.iter_mut().zip(args) {
-            *view = arg.view(name, "q and k")?;
+            *view = arg.view(A::NAME, "q and k")?;
         }
         Ok((qk, v))
     }
+}
 
-    /// How many arguments come before the bias.
-    fn before(&self) -> usize {
-        1 + if self.together { 1 } else { H }
-    }
+/// A bias among the arguments, in `f32`.
+fn argument<E: Element>(bias: Option<&Arg<'_, E>>) -> Option<(Vec<f32>, Vec<usize>)> {
+    bias.map(|bias| (bias.to_vec(), bias.shape().to_vec()))
+}
 
-    /// What hides keys, and a table or a matrix as a bias.
-    fn extra<'a>(&'a self, bias: Option<&'a Arg<'_, f32>>) -> Outcome<quadratic::Extra<'a>> {
-        let name = A::NAME;
-        let mut extra = quadratic::Extra::default();
-        if let Some(Hidden { keep, shape }) = &self.hidden {
-            extra.key_mask = Some(View::new(keep, *shape)?);
-        }
-        match bias {
-            Some(table) if table.shape().len() == 1 => {
-                extra.bias.table = Some(table.view::<1>(name, "bias")?.row([0]));
-            }
-            Some(matrix) => extra.bias.matrix = Some(matrix.view(name, "bias")?),
-            None => {}
-        }
-        Ok(extra)
-    }
+/// What is added to scores.
+fn extra<'a>(
+    op: &'static str,
+    argument: Option<&'a (Vec<f32>, Vec<usize>)>,
+) -> Outcome<quadratic::Extra<'a>> {
+    let bias = argument.map(|(data, shape)| bias(op, (data, shape))).transpose()?;
+    Ok(quadratic::Extra { key_mask: None, bias: bias.unwrap_or_default() })
 }
 
 impl<A: Scored<H>, const H: usize, const K: usize> Op<K> for OneHead<A, H> {
     const NAME: &'static str = A::NAME;
 
     fn shape(&self, args: [&[usize]; K]) -> Outcome<Vec<usize>> {
-        let (q, v) = (args[0], args[self.before() - 1]);
+        let (q, v) = (args[0], args[H]);
         match (q, v) {
             (&[batch, len, ..], &[_, _, e]) => Ok(vec![batch, len, e]),
             _ => Err(Error::shape(A::NAME, "q and v", "[batch, len, width]", (q, v))),
@@ -227,10 +241,10 @@ impl<A: Scored<H>, const H: usize, const K: usize> Op<K> for OneHead<A, H> {
         args: [Arg<'_, E>; K],
         out: &mut [E],
     ) -> Outcome<()> {
-        let (qk, v) = self.inputs(&args)?;
+        let (qk, v) = Self::inputs(&args)?;
         let out = ViewMut::new(out, [qk[0].shape()[0], qk[0].shape()[1], v.shape()[2]])?;
-        let bias = args.get(self.before()).map(Arg::float);
-        self.op.attend(rt, (qk, v), out, self.extra(bias.as_ref())?)
+        let bias = argument(args.get(H + 1));
+        self.0.attend(rt, (qk, v), out, extra(A::NAME, bias.as_ref())?)
     }
 
     fn backward<E: Element>(
@@ -240,38 +254,16 @@ impl<A: Scored<H>, const H: usize, const K: usize> Op<K> for OneHead<A, H> {
         dout: Arg<'_, E>,
         grads: [&mut [E]; K],
     ) -> Outcome<()> {
-        let (qk, v) = self.inputs(&args)?;
-        let bias = args.get(self.before()).map(Arg::float);
-        let extra = self.extra(bias.as_ref())?;
-        let dout = dout.view(A::NAME, "dout")?;
+        let (qk, v) = Self::inputs(&args)?;
+        let bias = argument(args.get(H + 1));
+        let (extra, dout) = (extra(A::NAME, bias.as_ref())?, dout.view(A::NAME, "dout")?);
         let mut grads = grads.into_iter();
         let mut next = || grads.next().unwrap_or_default();
-        let mut own = Vec::with_capacity(H);
-        if self.together {
-            let [batch, len, s] = qk[0].shape();
-            let mut rest = ViewMut::new(next(), [batch, len, H, s])?;
-            for _ in 0..H {
-                let (one, others) = rest.split_at(2, 1);
-                own.push(one.one_head(0));
-                rest = others;
-            }
-        } else {
-            for x in &qk {
-                own.push(ViewMut::new(next(), x.shape())?);
-            }
-        }
-        let kinds = || Error::shape(A::NAME, "q and k", "one per kind", H);
-        let own = own.try_into().map_err(|_| kinds())?;
+        let own = kinds(A::NAME, qk.iter().map(|x| ViewMut::new(next(), x.shape())))?;
         let dv = ViewMut::new(next(), v.shape())?;
         floats([next()], |[d]| {
-            let dbias = match extra.bias {
-                Bias { table: Some(_), .. } => BiasGrads { table: Some(d), matrix: None },
-                Bias { matrix: Some(m), .. } => {
-                    BiasGrads { table: None, matrix: Some(ViewMut::new(d, m.shape())?) }
-                }
-                _ => BiasGrads::default(),
-            };
-            self.op.gradients(rt, (qk, v), dout, (own, dv), extra, dbias)
+            let dbias = bias_gradient(extra.bias, |_| d)?;
+            self.0.gradients(rt, (qk, v), dout, (own, dv), extra, dbias)
         })
     }
 }

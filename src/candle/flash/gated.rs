@@ -1,12 +1,14 @@
 //! What the gated attention unit and the FLASH layer share: all but the attention itself.
 
-use super::heads::offset_scale;
-use crate::candle::norm::NormLayer;
-use crate::candle::{Linear, Result, activate, gate, rms_norm, rope, scale_norm};
+use super::attention::{Hidden, Scored};
+use super::unit::Unit;
+use crate::candle::layer::{Stream, apply, stacked};
+use crate::candle::norm::{Kind, NormLayer, Rows};
+use crate::candle::{Linear, Result};
+use crate::layers::Rope;
 use crate::layers::flash::GateNorm;
-use crate::layers::{Activation, Rope};
 use crate::runtime::Runtime;
-use candle_core::{D, Device, Module, Tensor};
+use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
@@ -14,32 +16,17 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub(super) struct Gated {
     pub rt: Arc<Runtime>,
-    norm: GateNormLayer,
-    projections: Projections,
+    norm: (Rows, Vec<Tensor>),
+    /// The maps to gate, values and shared projection: one in the order of the paper, or two of the package, whose first
+    /// has values before gates.
+    first: Vec<Linear>,
     /// `[heads, s]`
     gamma: Tensor,
     beta: Tensor,
     rope: Option<Rope>,
-    out: Linear,
-    e: usize,
-}
-
-/// Gate, values and shared projection, in the order of the paper or of the package.
-#[derive(Clone, Debug)]
-enum Projections {
-    /// u, v, z
-    Paper(Linear),
-    /// v and u; z
-    Package([Linear; 2]),
-}
-
-#[derive(Clone, Debug)]
-enum GateNormLayer {
-    Layer(NormLayer),
-    /// `[1]`, a factor of an RMSNorm.
-    Rms(Tensor, f32),
-    /// `[1]`, the factor of a ScaleNorm.
-    Scale(Tensor, f32),
+    last: Linear,
+    /// Of queries and keys, and of values.
+    widths: [usize; 2],
 }
 
 /// What parameters are called.
@@ -48,15 +35,6 @@ pub(super) enum Names {
     Paper,
     /// As in the public PyTorch package: the heads, the output, and which stored head is head 0, 1, .. here.
     Package { heads: &'static str, out: &'static str, order: &'static [u32] },
-}
-
-/// What the attention of a layer reads.
-pub(super) struct Projected {
-    /// `[batch, len, heads, s]`
-    pub heads: Tensor,
-    /// `[batch, len, e]`
-    pub v: Tensor,
-    pub gate: Tensor,
 }
 
 impl Gated {
@@ -77,73 +55,68 @@ impl Gated {
                 stored.index_select(&Tensor::new(*order, &Device::Cpu)?, 0)
             }
         };
-        let (projections, out) = match names {
-            Names::Paper => {
-                (Projections::Paper(linear("uv", [d, 2 * e + s])?), linear("o", [e, d])?)
-            }
+        let (first, last) = match names {
+            Names::Paper => (vec![linear("uv", [d, 2 * e + s])?], linear("o", [e, d])?),
             Names::Package { out, .. } => {
-                let both = [linear("to_hidden.0", [d, 2 * e])?, linear("to_qk.0", [d, s])?];
-                (Projections::Package(both), linear(*out, [e, d])?)
+                let both = vec![linear("to_hidden.0", [d, 2 * e])?, linear("to_qk.0", [d, s])?];
+                (both, linear(*out, [e, d])?)
             }
         };
         let factor = |name| vb.get_with_hints(1, name, Init::Const(1.0));
         let norm = match (norm, names) {
             ((GateNorm::Layer, eps), _) => {
-                GateNormLayer::Layer(NormLayer::load(rt, d, true, eps, vb.pp("norm"))?)
+                NormLayer::load(rt, d, true, eps, vb.pp("norm"))?.parts()
             }
+            // One factor for all columns.
             ((GateNorm::Scale, eps), Names::Paper) => {
-                GateNormLayer::Rms(factor("norm.scala")?, eps)
+                (Rows { kind: Kind::Rms, eps }, vec![factor("norm.scala")?.broadcast_as(d)?])
             }
-            ((GateNorm::Scale, eps), _) => GateNormLayer::Scale(factor("norm.g")?, eps),
+            ((GateNorm::Scale, eps), _) => {
+                (Rows { kind: Kind::Scale, eps }, vec![factor("norm.g")?])
+            }
         };
         Ok(Self {
             rt: rt.clone(),
             norm,
-            projections,
+            first,
             gamma: head("gamma", Init::Randn { mean: 0.0, stdev: 0.02 })?,
             beta: head("beta", Init::Const(0.0))?,
             rope,
-            out,
-            e,
+            last,
+            widths: [s, e],
         })
     }
 
-    /// `[batch, len, d]`
-    pub fn normalise(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.norm {
-            GateNormLayer::Layer(norm) => norm.forward(x),
-            GateNormLayer::Rms(factor, eps) => {
-                rms_norm(&self.rt, x, &factor.broadcast_as(x.dim(D::Minus1)?)?, *eps)
-            }
-            GateNormLayer::Scale(factor, eps) => scale_norm(&self.rt, x, factor, *eps),
-        }
+    /// What surrounds attention.
+    pub fn unit<A, const H: usize>(
+        &self,
+        attention: A,
+        mask: Option<&Tensor>,
+    ) -> Result<Unit<A, H>> {
+        Ok(Unit {
+            attention,
+            widths: self.widths,
+            values_first: self.first.len() > 1,
+            rope: self.rope.clone(),
+            shifted: 0,
+            hidden: mask.map(Hidden::new).transpose()?,
+            silent: false,
+        })
     }
 
-    /// Gate, values, and the heads, turned if they are to be.
-    pub fn project(&self, normed: &Tensor) -> Result<Projected> {
-        let (e, silu) = (self.e, Activation::Silu);
-        let (gate, v, z) = match &self.projections {
-            Projections::Paper(uvz) => {
-                let all = activate(&self.rt, &uvz.forward(normed)?, silu)?;
-                let s = all.dim(2)? - 2 * e;
-                (all.narrow(2, 0, e)?, all.narrow(2, e, e)?, all.narrow(2, 2 * e, s)?)
-            }
-            Projections::Package([hidden, shared]) => {
-                let all = activate(&self.rt, &hidden.forward(normed)?, silu)?;
-                let z = activate(&self.rt, &shared.forward(normed)?, silu)?;
-                (all.narrow(2, e, e)?, all.narrow(2, 0, e)?, z)
-            }
-        };
-        let heads = offset_scale(&self.rt, &z, [&self.gamma, &self.beta])?;
-        let heads = match &self.rope {
-            Some(turn) => rope(&self.rt, &heads, turn, 0)?,
-            None => heads,
-        };
-        Ok(Projected { heads, v, gate })
-    }
-
-    /// `(gate * mixed) W + b`
-    pub fn finish(&self, mixed: &Tensor, u: &Tensor) -> Result<Tensor> {
-        self.out.forward(&gate(&self.rt, Activation::Identity, u, mixed)?)
+    /// `[batch, len, d]`, the norm before and, if it is asked for, the sum with `x` behind.
+    pub fn apply<A: Scored<H>, const H: usize>(
+        &self,
+        unit: Unit<A, H>,
+        x: &Tensor,
+        bias: &Tensor,
+        residual: bool,
+    ) -> Result<Tensor> {
+        let mut params = stacked(&self.first.iter().collect::<Vec<_>>())?;
+        params.extend([self.gamma.clone(), self.beta.clone()]);
+        params.extend(stacked(&[&self.last])?);
+        params.push(bias.clone());
+        let stream = Stream { norm: Some(self.norm.clone()), residual };
+        apply(&self.rt, unit, &stream, x, &params)
     }
 }

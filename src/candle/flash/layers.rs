@@ -1,8 +1,7 @@
 //! The gated attention unit and the FLASH layer.
 
-use super::attention::attend_heads;
 use super::bias::DistanceBias;
-use super::gated::{Gated, Names, Projected};
+use super::gated::{Gated, Names};
 use crate::attention::mixed_chunk::MixedChunkAttention;
 use crate::attention::quadratic::QuadraticAttention;
 use crate::candle::{Result, wrap};
@@ -57,17 +56,12 @@ impl Gau {
         mask: Option<&Tensor>,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let ((_, len, _), rt) = (x.dims3()?, &self.gated.rt);
-        let Projected { heads, v, gate } = self.gated.project(&self.gated.normalise(x)?)?;
-        let own = self.bias.table(rt, len)?;
+        let (_, len, _) = x.dims3()?;
+        let own = self.bias.table(&self.gated.rt, len)?;
         let both = bias.map(|bias| matrix(&own, len)? + bias).transpose()?;
-        let bias = both.as_ref().unwrap_or(&own);
-        let mut mixed = attend_heads(rt, self.attention, [&heads, &v], Some(bias), mask)?;
-        if let (GauForm::Paper { .. }, Some(mask)) = (self.config.form, mask) {
-            mixed = mixed.broadcast_mul(&mask.to_dtype(mixed.dtype())?.unsqueeze(2)?)?;
-        }
-        let y = self.gated.finish(&mixed, &gate)?;
-        if self.config.residual { x + y } else { Ok(y) }
+        let mut unit = self.gated.unit(self.attention, mask)?;
+        unit.silent = matches!(self.config.form, GauForm::Paper { .. });
+        self.gated.apply(unit, x, both.as_ref().unwrap_or(&own), self.config.residual)
     }
 }
 
@@ -134,24 +128,11 @@ impl Flash {
     /// # Errors
     /// For arguments that do not fit.
     pub fn forward_masked(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let rt = &self.gated.rt;
-        let mut normed = self.gated.normalise(x)?;
-        if let h @ 1.. = self.config.shifted() {
-            normed = shift(&normed, h)?;
-        }
-        let Projected { heads, v, gate } = self.gated.project(&normed)?;
-        let bias = self.bias.table(rt, self.config.group_size)?;
-        let mixed = attend_heads(rt, self.attention, [&heads, &v], Some(&bias), mask)?;
-        x + self.gated.finish(&mixed, &gate)?
+        let mut unit = self.gated.unit(self.attention, mask)?;
+        unit.shifted = self.config.shifted();
+        let bias = self.bias.table(&self.gated.rt, self.config.group_size)?;
+        self.gated.apply(unit, x, &bias, true)
     }
-}
-
-/// The first `h` channels come from the token before.
-fn shift(x: &Tensor, h: usize) -> Result<Tensor> {
-    let (_, len, d) = x.dims3()?;
-    let moved = x.narrow(2, 0, h)?.narrow(1, 0, len.saturating_sub(1))?;
-    let moved = moved.pad_with_zeros(1, len.min(1), 0)?;
-    Tensor::cat(&[&moved, &x.narrow(2, h, d - h)?], 2)
 }
 
 impl Module for Flash {

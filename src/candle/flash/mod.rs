@@ -3,9 +3,9 @@
 mod attention;
 mod bias;
 mod gated;
-mod heads;
 mod layers;
 mod model;
+mod unit;
 
 pub use attention::{mixed_chunk, quadratic};
 pub use layers::{Flash, Gau};
