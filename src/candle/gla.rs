@@ -45,7 +45,8 @@ impl Gla {
     fn weights<'a>(&self, params: &mut Params<'a>) -> Outcome<Weights<'a>> {
         let qkvu = params.map(self.bias)?;
         let theta = if self.lrpe { Some(params.next()?.0) } else { None };
-        let shape = [self.config.heads, self.config.hidden_dim / self.config.heads];
+        let GlaConfig { heads, hidden_dim: h, .. } = self.config;
+        let shape = [heads, h.checked_div(heads).unwrap_or(0)];
         let lrpe = theta.map(|x| Lrpe::new(View::new(x, shape)?)).transpose()?;
         Ok(Weights { qkvu, lrpe, out: params.map(self.bias)? })
     }

@@ -250,8 +250,9 @@ impl<L: Layer> Whole<L> {
             None => Cow::Owned(rest.to_vec()),
         };
         let (rest, shapes) = (&*rest, self.shapes.iter());
-        let first = Some(first.view(L::NAME, "parameters")?);
-        let mut params = Params { op: L::NAME, first, rest, shapes };
+        let first = first.view::<2>(L::NAME, "parameters")?;
+        expect_shape(L::NAME, "x", "[rows, width]", [n, first.shape()[1]], x.shape())?;
+        let mut params = Params { op: L::NAME, first: Some(first), rest, shapes };
         let norm = match self.norm {
             Some(rows) => {
                 let own = (0..rows.parameters()).map(|_| Ok(params.next()?.0));

@@ -1,7 +1,6 @@
 //! Activation functions, applied to rows.
 
-use super::elementwise::Multiply;
-use super::rows::{Map, RowKernel, map};
+use super::rows::{Map, RowKernel, WIDEST, map};
 use crate::simd::{Lanes, math};
 
 /// An activation function, element by element unless said otherwise.
@@ -79,24 +78,19 @@ impl RowKernel<1> for Gate {
     const COST: usize = 24;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [gate]: [&[f32]; 1], out: &mut [f32]) {
-        match self.0 {
-            Activation::Silu => map(l, Gated(Silu), [gate], out),
-            Activation::Gelu => map(l, Gated(Gelu), [gate], out),
-            act => {
-                // Piece by piece through the stack, because the gate itself is not to be written.
-                let mut piece = [0.0; 64];
-                let most = if act == Activation::Exp { largest(l, gate) } else { 0.0 };
-                for (out, gate) in out.chunks_mut(64).zip(gate.chunks(64)) {
-                    let piece = &mut piece[..gate.len()];
-                    piece.copy_from_slice(gate);
-                    match act {
-                        Activation::Exp => map(l, Exp(most), [], piece),
-                        act => activate(l, act, piece),
-                    }
-                    map(l, Multiply, [piece], out);
-                }
-            }
-        }
+        function(l, self.0, gate, Gates { gate, out });
+    }
+}
+
+struct Gates<'a> {
+    gate: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl<L: Lanes> With<L> for Gates<'_> {
+    #[inline(always)]
+    fn with<F: Map<L, 0>>(self, l: L, f: F) {
+        map(l, Gated(f), [self.gate], self.out);
     }
 }
 
@@ -128,19 +122,44 @@ impl RowKernel<0> for GeluNear {
 pub fn activate<L: Lanes>(l: L, act: Activation, row: &mut [f32]) {
     match act {
         Activation::Identity => {}
-        Activation::Silu => map(l, Silu, [], row),
-        Activation::Elu1 => map(l, ShiftedElu(1.0, 0.0), [], row),
-        Activation::Elu2 => map(l, ShiftedElu(2.0, 1.0), [], row),
-        Activation::Elu => map(l, Elu, [], row),
-        Activation::Relu => map(l, Relu, [], row),
-        Activation::SquaredRelu => map(l, SquaredRelu, [], row),
-        Activation::Gelu => map(l, Gelu, [], row),
-        Activation::Sigmoid => map(l, Sigmoid, [], row),
-        Activation::Sine => sine(l, row),
         Activation::Exp => {
             let m = largest(l, row);
             map(l, Exp(m), [], row);
         }
+        // Others do not look at the row.
+        act => function(l, act, &[], InPlace(row)),
+    }
+}
+
+struct InPlace<'a>(&'a mut [f32]);
+
+impl<L: Lanes> With<L> for InPlace<'_> {
+    #[inline(always)]
+    fn with<F: Map<L, 0>>(self, l: L, f: F) {
+        map(l, f, [], self.0);
+    }
+}
+
+/// What is done with the function of vectors that an activation is.
+pub(super) trait With<L: Lanes> {
+    fn with<F: Map<L, 0>>(self, l: L, f: F);
+}
+
+/// Hands the function of `act` over, that of [`Activation::Exp`] for the elements of `row`.
+#[inline(always)]
+pub(super) fn function<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl With<L>) {
+    match act {
+        Activation::Identity => to.with(l, Same),
+        Activation::Silu => to.with(l, Silu),
+        Activation::Elu1 => to.with(l, ShiftedElu(1.0, 0.0)),
+        Activation::Elu2 => to.with(l, ShiftedElu(2.0, 1.0)),
+        Activation::Elu => to.with(l, Elu),
+        Activation::Relu => to.with(l, Relu),
+        Activation::SquaredRelu => to.with(l, SquaredRelu),
+        Activation::Gelu => to.with(l, Gelu),
+        Activation::Sigmoid => to.with(l, Sigmoid),
+        Activation::Sine => to.with(l, Sine),
+        Activation::Exp => to.with(l, Exp(largest(l, row))),
     }
 }
 
@@ -158,6 +177,7 @@ macro_rules! functions {
 }
 
 functions! {
+    Same: |_l, x| x;
     Silu: |l, x| math::silu(l, x);
     Sigmoid: |l, x| math::sigmoid(l, x);
     Gelu: |l, x| math::gelu(l, x);
@@ -173,6 +193,7 @@ functions! {
         let below = l.div(l.add(t, t), l.sub(l.splat(1.0), t));
         l.select(l.lt(l.zero(), x), x, below)
     };
+    Sine: |l, x| sin_cos(l, x).0;
 }
 
 /// `a + x` for positive `x`, else `b + e^x`.
@@ -209,13 +230,14 @@ pub(super) fn largest<L: Lanes>(l: L, row: &[f32]) -> f32 {
     rest.fold(l.max_lane(m), f32::max)
 }
 
+/// Of angles of any size.
 #[inline(always)]
-fn sine<L: Lanes>(l: L, row: &mut [f32]) {
-    for part in row.chunks_mut(L::N) {
-        for x in part.iter_mut() {
-            *x = math::reduce_angle(f64::from(*x));
-        }
-        let (sin, _) = math::sin_cos(l, l.load_head(part));
-        l.store_head(part, sin);
+pub(super) fn sin_cos<L: Lanes>(l: L, x: L::F) -> (L::F, L::F) {
+    let mut angles = [0.0; WIDEST];
+    let angles = &mut angles[..L::N];
+    l.store(angles, x);
+    for x in angles.iter_mut() {
+        *x = math::reduce_angle(f64::from(*x));
     }
+    math::sin_cos(l, l.load(angles))
 }

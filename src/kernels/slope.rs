@@ -1,7 +1,6 @@
 //! Derivatives of activation functions, applied to rows.
 
-use super::activation::{Activation, Gate, activate, largest};
-use super::elementwise::Multiply;
+use super::activation::{Activation, With, function, largest, sin_cos};
 use super::rows::{Map, RowKernel, map};
 use crate::simd::{Lanes, math};
 
@@ -21,37 +20,11 @@ pub struct Gated(pub Activation);
 #[derive(Clone, Copy, Debug)]
 pub struct GateSlope(pub Activation);
 
-/// `out = act'(x) * out`
-#[inline(always)]
-fn slope<L: Lanes>(l: L, act: Activation, x: &[f32], out: &mut [f32]) {
-    match act {
-        Activation::Identity => {}
-        Activation::Silu => map(l, Silu, [x], out),
-        Activation::Elu | Activation::Elu1 | Activation::Elu2 => map(l, Elu, [x], out),
-        Activation::Relu => map(l, Relu, [x], out),
-        Activation::SquaredRelu => map(l, SquaredRelu, [x], out),
-        Activation::Gelu => map(l, Gelu, [x], out),
-        Activation::Sigmoid => map(l, Sigmoid, [x], out),
-        Activation::Sine => cosine(l, x, out),
-        Activation::Exp => map(l, Exp(largest(l, x)), [x], out),
-    }
-}
-
 impl RowKernel<1> for Activated {
     const COST: usize = 24;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [x]: [&[f32]; 1], out: &mut [f32]) {
-        out.copy_from_slice(x);
-        activate(l, self.0, out);
-    }
-}
-
-impl RowKernel<2> for Slope {
-    const COST: usize = 24;
-    #[inline(always)]
-    fn row<L: Lanes>(&self, l: L, [x, dout]: [&[f32]; 2], out: &mut [f32]) {
-        out.copy_from_slice(dout);
-        slope(l, self.0, x, out);
+        function(l, self.0, x, Target([x], out));
     }
 }
 
@@ -59,8 +32,15 @@ impl RowKernel<2> for Gated {
     const COST: usize = 24;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [gate, x]: [&[f32]; 2], out: &mut [f32]) {
-        out.copy_from_slice(x);
-        Gate(self.0).row(l, [gate], out);
+        function(l, self.0, gate, Target([gate, x], out));
+    }
+}
+
+impl RowKernel<2> for Slope {
+    const COST: usize = 24;
+    #[inline(always)]
+    fn row<L: Lanes>(&self, l: L, [x, dout]: [&[f32]; 2], out: &mut [f32]) {
+        slope(l, self.0, x, Target([x, dout], out));
     }
 }
 
@@ -68,9 +48,95 @@ impl RowKernel<3> for GateSlope {
     const COST: usize = 24;
     #[inline(always)]
     fn row<L: Lanes>(&self, l: L, [gate, x, dout]: [&[f32]; 3], out: &mut [f32]) {
-        out.copy_from_slice(dout);
-        map(l, Multiply, [x], out);
-        slope(l, self.0, gate, out);
+        slope(l, self.0, gate, Target([gate, x, dout], out));
+    }
+}
+
+/// Rows that are read, the first of which the function is applied to, and one that is written.
+struct Target<'a, const IN: usize>([&'a [f32]; IN], &'a mut [f32]);
+
+impl<L: Lanes> With<L> for Target<'_, 1> {
+    #[inline(always)]
+    fn with<F: Map<L, 0>>(self, l: L, f: F) {
+        map(l, Of(f), self.0, self.1);
+    }
+}
+
+impl<L: Lanes> With<L> for Target<'_, 2> {
+    #[inline(always)]
+    fn with<F: Map<L, 0>>(self, l: L, f: F) {
+        map(l, Of(f), self.0, self.1);
+    }
+}
+
+/// A function of inputs only.
+#[derive(Clone, Copy)]
+struct Of<F>(F);
+
+impl<L: Lanes, F: Map<L, 0>> Map<L, 1> for Of<F> {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [x]: [L::F; 1]) -> L::F {
+        self.0.apply(l, x, [])
+    }
+}
+
+/// `f(gate) * x`
+impl<L: Lanes, F: Map<L, 0>> Map<L, 2> for Of<F> {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [gate, x]: [L::F; 2]) -> L::F {
+        l.mul(self.0.apply(l, gate, []), x)
+    }
+}
+
+/// What is done with a derivative `f`: a function of `y` and `x` that gives `f(x) y`.
+trait WithSlope<L: Lanes> {
+    fn with<F: Map<L, 1>>(self, l: L, f: F);
+}
+
+impl<L: Lanes> WithSlope<L> for Target<'_, 2> {
+    #[inline(always)]
+    fn with<F: Map<L, 1>>(self, l: L, f: F) {
+        map(l, SlopeOf(f), self.0, self.1);
+    }
+}
+
+impl<L: Lanes> WithSlope<L> for Target<'_, 3> {
+    #[inline(always)]
+    fn with<F: Map<L, 1>>(self, l: L, f: F) {
+        map(l, SlopeOf(f), self.0, self.1);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SlopeOf<F>(F);
+
+impl<L: Lanes, F: Map<L, 1>> Map<L, 2> for SlopeOf<F> {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [x, dout]: [L::F; 2]) -> L::F {
+        self.0.apply(l, dout, [x])
+    }
+}
+
+impl<L: Lanes, F: Map<L, 1>> Map<L, 3> for SlopeOf<F> {
+    #[inline(always)]
+    fn apply(self, l: L, _: L::F, [gate, x, dout]: [L::F; 3]) -> L::F {
+        self.0.apply(l, l.mul(dout, x), [gate])
+    }
+}
+
+/// Hands the derivative of `act` over, that of [`Activation::Exp`] for the elements of `row`.
+#[inline(always)]
+fn slope<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl WithSlope<L>) {
+    match act {
+        Activation::Identity => to.with(l, Identity),
+        Activation::Silu => to.with(l, Silu),
+        Activation::Elu | Activation::Elu1 | Activation::Elu2 => to.with(l, Elu),
+        Activation::Relu => to.with(l, Relu),
+        Activation::SquaredRelu => to.with(l, SquaredRelu),
+        Activation::Gelu => to.with(l, Gelu),
+        Activation::Sigmoid => to.with(l, Sigmoid),
+        Activation::Sine => to.with(l, Cosine),
+        Activation::Exp => to.with(l, Exp(largest(l, row))),
     }
 }
 
@@ -88,6 +154,7 @@ macro_rules! slopes {
 }
 
 slopes! {
+    Identity: |l, _x| l.splat(1.0);
     // s + x s (1 - s), s = sigmoid(x)
     Silu: |l, x| {
         let s = math::sigmoid(l, x);
@@ -105,6 +172,7 @@ slopes! {
         let density = math::exp(l, l.mul(l.mul(x, x), l.splat(-0.5)));
         l.mul_add(l.mul(x, density), l.splat(0.398_942_3), math::normal_cdf(l, x))
     };
+    Cosine: |l, x| sin_cos(l, x).1;
 }
 
 /// `e^(x - m)`
@@ -115,18 +183,5 @@ impl<L: Lanes> Map<L, 1> for Exp {
     #[inline(always)]
     fn apply(self, l: L, old: L::F, [x]: [L::F; 1]) -> L::F {
         l.mul(old, math::exp(l, l.sub(x, l.splat(self.0))))
-    }
-}
-
-#[inline(always)]
-fn cosine<L: Lanes>(l: L, x: &[f32], out: &mut [f32]) {
-    let mut angle = [0.0; 64];
-    for (x, out) in x.chunks(L::N).zip(out.chunks_mut(L::N)) {
-        let angle = &mut angle[..x.len()];
-        for (angle, x) in angle.iter_mut().zip(x) {
-            *angle = math::reduce_angle(f64::from(*x));
-        }
-        let (_, cos) = math::sin_cos(l, l.load_head(angle));
-        l.store_head(out, l.mul(l.load_head(out), cos));
     }
 }

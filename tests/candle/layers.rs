@@ -221,20 +221,32 @@ fn tensor(case: &Case, name: &str) -> Tensor {
     Tensor::from_slice(&array.data, array.shape.as_slice(), &Device::Cpu).expect("a tensor")
 }
 
-/// Faults of one case on one engine.
-fn compare(rt: Arc<Runtime>, load: Load, case: &Case, tolerance: f64) -> Result<Vec<String>> {
+/// The name of the output of a case.
+fn output(case: &Case) -> &'static str {
+    let names = ["out.y", "out.out", "out.logits"];
+    names.into_iter().find(|name| case.get(name).is_some()).expect("an output")
+}
+
+/// The result of the layer of a case and its gradients; of its input times `factor`.
+fn results(
+    rt: &Arc<Runtime>,
+    load: Load,
+    case: &Case,
+    factor: f64,
+) -> Result<Vec<(String, Vec<f32>)>> {
     let mut vars = BTreeMap::new();
     for name in case.names("w.") {
         vars.insert(name.replacen("w.", "", 1), Var::from_tensor(&tensor(case, name))?);
     }
     let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
     let vb = VarBuilder::from_tensors(tensors.collect(), DType::F32, &Device::Cpu);
-    let x = optional(case, "in.x").unwrap_or_else(|| tensor(case, "in.tokens"));
+    let x = match optional(case, "in.x") {
+        Some(x) => (x * factor)?,
+        None => tensor(case, "in.tokens"),
+    };
     let x = Var::from_tensor(&x)?;
-    let y = load(&rt, case, vb)?(&x)?;
-    let name = ["out.y", "out.out", "out.logits"].into_iter().find(|name| case.get(name).is_some());
-    let name = name.expect("an output");
-    let mut got = vec![(name.to_string(), values(&y))];
+    let y = load(rt, case, vb)?(&x)?;
+    let mut got = vec![(output(case).to_string(), values(&y))];
     if case.get("in.dout").is_some() {
         let grads = (y * tensor(case, "in.dout"))?.sum_all()?.backward()?;
         vars.insert("x".into(), x);
@@ -244,8 +256,14 @@ fn compare(rt: Arc<Runtime>, load: Load, case: &Case, tolerance: f64) -> Result<
             }
         }
     }
+    Ok(got)
+}
+
+/// Faults of one case on one engine.
+fn compare(rt: &Arc<Runtime>, load: Load, case: &Case, tolerance: f64) -> Result<Vec<String>> {
+    let got = results(rt, load, case, 1.0)?;
     let mut faults = Vec::new();
-    for name in std::iter::once(name).chain(case.names("grad.")) {
+    for name in std::iter::once(output(case)).chain(case.names("grad.")) {
         let found = got.iter().find(|g| g.0 == name);
         let err = found.map(|g| rel_err(&g.1, &case.tensor(name).wide()));
         if err.is_none_or(|e| e > tolerance) {
@@ -255,20 +273,25 @@ fn compare(rt: Arc<Runtime>, load: Load, case: &Case, tolerance: f64) -> Result<
     Ok(faults)
 }
 
+/// The cases of layers, each with the index of its system in [`LAYERS`].
+fn cases_of_layers() -> impl Iterator<Item = (usize, Case)> {
+    cases().into_iter().filter_map(|case| {
+        let at = LAYERS.iter().position(|l| l.0 == case.system)?;
+        let continues = case.config.get("offset").is_some() && case.size("offset") != 0;
+        let others = OTHER_INPUTS.iter().filter(|name| !LAYERS[at].1.contains(name));
+        let others = others.into_iter().any(|name| case.get(name).is_some());
+        (!continues && !others).then_some((at, case))
+    })
+}
+
 #[test]
 fn layers_agree_with_their_cases() -> Result<()> {
     let (mut faults, mut compared) = (Vec::new(), vec![0; LAYERS.len()]);
-    for case in cases() {
-        let Some(at) = LAYERS.iter().position(|l| l.0 == case.system) else { continue };
-        let (_, inputs, load) = LAYERS[at];
-        let continues = case.config.get("offset").is_some() && case.size("offset") != 0;
-        let others = OTHER_INPUTS.iter().filter(|name| !inputs.contains(name));
-        if continues || others.into_iter().any(|name| case.get(name).is_some()) {
-            continue;
-        }
+    for (at, case) in cases_of_layers() {
+        let load = LAYERS[at].2;
         for engine in engines() {
             let tolerance = engine.tolerance(case.tolerance, false);
-            faults.extend(compare(Arc::new(engine.runtime()), load, &case, tolerance)?);
+            faults.extend(compare(&Arc::new(engine.runtime()), load, &case, tolerance)?);
         }
         compared[at] += 1;
     }
@@ -276,6 +299,40 @@ fn layers_agree_with_their_cases() -> Result<()> {
     let missing = compared.iter().zip(LAYERS).filter(|(n, _)| **n == 0);
     let missing: Vec<_> = missing.map(|(_, l)| l.0).collect();
     assert!(missing.is_empty(), "no cases of {missing:?}");
+    Ok(())
+}
+
+/// Layers work on memory that others have left behind, and overwrite what they read of it.
+#[test]
+fn nothing_depends_on_what_memory_held_before() -> Result<()> {
+    let bits = |all: Vec<(String, Vec<f32>)>| -> Vec<(String, Vec<u32>)> {
+        all.into_iter().map(|(name, x)| (name, x.into_iter().map(f32::to_bits).collect())).collect()
+    };
+    for (at, case) in cases_of_layers() {
+        let (load, fresh) = (LAYERS[at].2, Arc::new(Runtime::new().expect("a runtime")));
+        let used = Arc::new(Runtime::new().expect("a runtime"));
+        results(&used, load, &case, f64::NAN)?;
+        let [want, got] = [&fresh, &used].map(|rt| results(rt, load, &case, 1.0).map(bits));
+        assert!(want? == got?, "{}", case.stem);
+    }
+    Ok(())
+}
+
+/// Every layer refuses inputs of another width than its parameters are for.
+#[test]
+fn layers_refuse_other_widths() -> Result<()> {
+    let rt = Arc::new(Runtime::new().expect("a runtime"));
+    for (at, case) in cases_of_layers() {
+        let Some(x) = optional(&case, "in.x") else { continue };
+        let weights =
+            case.names("w.").map(|name| (name.replacen("w.", "", 1), tensor(&case, name)));
+        let vb = VarBuilder::from_tensors(weights.collect(), DType::F32, &Device::Cpu);
+        let layer = LAYERS[at].2(&rt, &case, vb)?;
+        let last = x.rank() - 1;
+        for x in [x.narrow(last, 0, 1)?, x.narrow(last, 0, 0)?, Tensor::cat(&[&x, &x], last)?] {
+            assert!(layer(&x).is_err(), "{}: {:?}", case.stem, x.dims());
+        }
+    }
     Ok(())
 }
 
