@@ -4,7 +4,8 @@
 //! Functions take an [`Arc<Runtime>`](crate::Runtime) and CPU tensors of `f32`, `bf16` or `f16`, with any strides and start
 //! offset; the shapes are those of the operation underneath. Gradients are computed by the backward pass of the same
 //! operation, which saves nothing and recomputes what it needs. What the operation refuses comes back as an error of candle
-//! that says the same. Layers read their parameters from a `VarBuilder` under the names of published checkpoints.
+//! that says the same. Layers read their parameters from a `VarBuilder` under the names of published checkpoints; most are
+//! one operation each, which keeps what lies between for its backward pass.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};

@@ -70,7 +70,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// How many it has.
+    /// How many parameters it has.
     pub fn parameters(self) -> usize {
         match self.kind {
             Kind::SimpleRms => 0,
