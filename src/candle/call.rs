@@ -309,63 +309,71 @@ pub(super) fn apply3<O: Op<3>>(
     a.apply_op3(b, c, Call { rt: rt.clone(), op })
 }
 
-/// An operation of more tensors than candle's interface takes: they come one after the other in a single one.
+/// An operation of more tensors than candle's interface takes: those behind the second come one after the other in a third.
 struct Packed<O, const K: usize> {
     op: O,
     shapes: [Vec<usize>; K],
 }
 
 impl<O: Op<K>, const K: usize> Packed<O, K> {
-    /// The arguments in what `all` holds.
-    fn split<'a, E: Element>(&self, all: &'a [E]) -> [Arg<'a, E>; K] {
-        let mut rest = all;
+    fn split<'a, E: Element>(&self, two: [Arg<'a, E>; 2], mut rest: &'a [E]) -> [Arg<'a, E>; K] {
+        let mut two = two.into_iter();
         self.shapes.each_ref().map(|shape| {
-            let (data, others) = rest.split_at(shape.iter().product());
-            rest = others;
-            Arg::new(data, &Layout::contiguous(shape.as_slice()))
+            two.next().unwrap_or_else(|| {
+                let (data, others) = rest.split_at(shape.iter().product());
+                rest = others;
+                Arg::new(data, &Layout::contiguous(shape.as_slice()))
+            })
         })
     }
 }
 
-impl<O: Op<K>, const K: usize> Op<1> for Packed<O, K> {
+impl<O: Op<K>, const K: usize> Op<3> for Packed<O, K> {
     const NAME: &'static str = O::NAME;
 
-    fn shape(&self, _: [&[usize]; 1]) -> Outcome<Vec<usize>> {
+    fn shape(&self, _: [&[usize]; 3]) -> Outcome<Vec<usize>> {
         self.op.shape(self.shapes.each_ref().map(Vec::as_slice))
     }
 
     fn forward<E: Element>(
         &self,
         rt: &Runtime,
-        [all]: [Arg<'_, E>; 1],
+        [a, b, rest]: [Arg<'_, E>; 3],
         out: &mut [E],
     ) -> Outcome<()> {
-        self.op.forward(rt, self.split(&all.data), out)
+        self.op.forward(rt, self.split([a, b], &rest.data), out)
     }
 
     fn backward<E: Element>(
         &self,
         rt: &Runtime,
-        [all]: [Arg<'_, E>; 1],
+        [a, b, rest]: [Arg<'_, E>; 3],
         dout: Arg<'_, E>,
-        [mut grads]: [&mut [E]; 1],
+        [da, db, mut others]: [&mut [E]; 3],
     ) -> Outcome<()> {
+        let mut two = [da, db].into_iter();
         let grads = self.shapes.each_ref().map(|shape| {
-            let (grad, others) = core::mem::take(&mut grads).split_at_mut(shape.iter().product());
-            grads = others;
-            grad
+            two.next().unwrap_or_else(|| {
+                let size = shape.iter().product();
+                let (grad, left) = core::mem::take(&mut others).split_at_mut(size);
+                others = left;
+                grad
+            })
         });
-        self.op.backward(rt, self.split(&all.data), dout, grads)
+        self.op.backward(rt, self.split([a, b], &rest.data), dout, grads)
     }
 }
 
-/// Applies an operation of any number of tensors, which are copied into one.
+/// Applies an operation of any number of tensors, of which those behind the second are copied into one.
 pub(super) fn apply_packed<O: Op<K>, const K: usize>(
     rt: &Arc<Runtime>,
     op: O,
     args: [&Tensor; K],
 ) -> Result<Tensor> {
-    let flat = each(args, |a| a.flatten_all())?;
-    let all = Tensor::cat(&flat, 0)?;
-    apply1(rt, Packed { op, shapes: args.map(|a| a.dims().to_vec()) }, &all)
+    let shapes = args.map(|a| a.dims().to_vec());
+    let [a, b, rest @ ..] = &args[..] else {
+        bail!("{}: tensors must be at least two, got {K}", O::NAME)
+    };
+    let flat = rest.iter().map(|a| a.flatten_all()).collect::<Result<Vec<_>>>()?;
+    apply3(rt, Packed { op, shapes }, [a, b, &Tensor::cat(&flat, 0)?])
 }

@@ -1,4 +1,4 @@
-//! Operations of more than three tensors, which are copied into one on the way: candle's interface takes no more.
+//! Operations of more than three tensors, some of which are copied into one on the way: candle's interface takes no more.
 
 use super::Result;
 use super::attention::{Attention, like, shape, views};
