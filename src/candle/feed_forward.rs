@@ -1,6 +1,6 @@
 //! Channel mixers: two maps with an activation between, or with a gate.
 
-use super::layer::{Grads, Input, Layer, Map, Params};
+use super::layer::{Grads, Input, Layer, Params};
 use crate::error::Result as Outcome;
 use crate::layers::{Activation, pointwise};
 use crate::runtime::Runtime;
@@ -63,7 +63,7 @@ impl Layer for FeedForward {
         params: &mut Params<'_>,
         out: ViewMut<'_, f32, 2>,
     ) -> Outcome<Floats> {
-        let [first, last]: [Map<'_>; 2] = [params.map(self.bias)?, params.map(self.bias)?];
+        let [first, last] = [params.map(self.bias)?, params.map(self.bias)?];
         let shape @ [n, wide] = [x.shape()[0], first.weight.shape()[0]];
         let mut kept = rt.floats(n * wide)?;
         first.forward(rt, x, ViewMut::new(&mut kept, shape)?)?;

@@ -167,12 +167,7 @@ pub(super) fn stacked(maps: &[&Linear]) -> Result<Vec<Tensor>> {
         maps.iter().filter_map(|map| map.bias()).collect(),
     ];
     let parts = [weights, biases].into_iter().filter(|all| !all.is_empty());
-    parts
-        .map(|all| match all[..] {
-            [one] => Ok(one.clone()),
-            _ => Tensor::cat(&all, 0),
-        })
-        .collect()
+    parts.map(|all| Tensor::cat(&all, 0)).collect()
 }
 
 /// What surrounds a layer `f`: `f(x)`, `f(norm(x))`, or either with `x` added.
@@ -269,6 +264,14 @@ impl<L: Layer> Whole<L> {
         let input = Input { rows, batch: n.checked_div(len).unwrap_or(0), len };
         f(Open { x, input, params, norm })
     }
+
+    /// What passes by the layer.
+    fn add(&self, rt: &Runtime, by: View<'_, f32, 2>, to: &mut [f32]) -> Outcome<()> {
+        match self.residual {
+            true => pointwise::add(rt, by, ViewMut::new(to, by.shape())?),
+            false => Ok(()),
+        }
+    }
 }
 
 impl<L: Layer> Op<3> for Whole<L> {
@@ -313,31 +316,19 @@ impl<L: Layer> Op<3> for Whole<L> {
             expect_shape(L::NAME, "dout", "[rows, width]", shape, dout.shape())?;
             floats(grads, |[dx, first, rest]| {
                 let mut grads = Grads { first: Some(first), rest };
-                let Some(norm) = norm else {
-                    let to = (ViewMut::new(dx, shape)?, &mut grads);
-                    self.layer.backward(rt, input, &mut params, kept, dout, to)?;
-                    return self.add(rt, dout, dx);
-                };
                 let own = self.shapes.iter().map(|shape| grads.next(shape.iter().product()));
                 let mut own = own.take(self.norm.map_or(0, Rows::parameters));
                 let (weight, bias) = (own.next(), own.next());
-                let mut dnormed = rt.floats(dx.len())?;
-                let to = (ViewMut::new(&mut dnormed, shape)?, &mut grads);
+                let mut dnormed = rt.floats(if norm.is_some() { dx.len() } else { 0 })?;
+                let to = if norm.is_some() { &mut *dnormed } else { &mut *dx };
+                let to = (ViewMut::new(to, shape)?, &mut grads);
                 self.layer.backward(rt, input, &mut params, kept, dout, to)?;
-                let to = NormGradients { x: ViewMut::new(dx, shape)?, weight, bias };
-                norm.backward(rt, x, View::new(&dnormed, shape)?, to)?;
+                if let Some(norm) = norm {
+                    let to = NormGradients { x: ViewMut::new(dx, shape)?, weight, bias };
+                    norm.backward(rt, x, View::new(&dnormed, shape)?, to)?;
+                }
                 self.add(rt, dout, dx)
             })
         })
-    }
-}
-
-impl<L: Layer> Whole<L> {
-    /// What passes by the layer.
-    fn add(&self, rt: &Runtime, by: View<'_, f32, 2>, to: &mut [f32]) -> Outcome<()> {
-        match self.residual {
-            true => pointwise::add(rt, by, ViewMut::new(to, by.shape())?),
-            false => Ok(()),
-        }
     }
 }

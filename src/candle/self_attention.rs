@@ -1,6 +1,6 @@
 //! Softmax attention of a sequence over itself, with its maps.
 
-use super::layer::{Grads, Input, Layer, Map, Params};
+use super::layer::{Grads, Input, Layer, Params};
 use crate::attention::softmax::SoftmaxAttention;
 use crate::error::Result as Outcome;
 use crate::layers::{Positions, Rope};
@@ -79,7 +79,7 @@ impl Layer for SelfAttention {
         params: &mut Params<'_>,
         out: ViewMut<'_, f32, 2>,
     ) -> Outcome<Passed> {
-        let [first, last]: [Map<'_>; 2] = [params.map(self.bias)?, params.map(self.bias)?];
+        let [first, last] = [params.map(self.bias)?, params.map(self.bias)?];
         let (n, [wide, shared]) = (x.shape()[0], self.widths());
         let shape = [n, wide + 2 * shared];
         let mut qkv = rt.floats(shape[0] * shape[1])?;

@@ -78,7 +78,6 @@ impl Module for GatedLinearAttention {
 pub struct Sglu {
     rt: Arc<Runtime>,
     config: SgluConfig,
-    bias: bool,
     l1: Linear,
     l2: Linear,
     l3: Linear,
@@ -99,7 +98,6 @@ impl Sglu {
         Ok(Self {
             rt: rt.clone(),
             config,
-            bias,
             l1: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l1"))?,
             l2: Linear::load(rt, [embed_dim, glu_dim], bias, vb.pp("l2"))?,
             l3: Linear::load(rt, [glu_dim, embed_dim], bias, vb.pp("l3"))?,
@@ -109,8 +107,8 @@ impl Sglu {
 
 impl Sglu {
     fn run(&self, x: &Tensor, stream: &Stream) -> Result<Tensor> {
-        let Self { rt, config: SgluConfig { act, .. }, bias, l1, l2, l3 } = self;
-        let layer = FeedForward { act: *act, gated: true, bias: *bias };
+        let Self { rt, config: SgluConfig { act, .. }, l1, l2, l3 } = self;
+        let layer = FeedForward { act: *act, gated: true, bias: l3.bias().is_some() };
         let params = [stacked(&[l1, l2])?, stacked(&[l3])?].concat();
         apply(rt, layer, stream, x, &params)
     }

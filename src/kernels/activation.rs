@@ -87,7 +87,7 @@ struct Gates<'a> {
     out: &'a mut [f32],
 }
 
-impl<L: Lanes> With<L> for Gates<'_> {
+impl<L: Lanes> With<L, 0> for Gates<'_> {
     #[inline(always)]
     fn with<F: Map<L, 0>>(self, l: L, f: F) {
         map(l, Gated(f), [self.gate], self.out);
@@ -133,21 +133,21 @@ pub fn activate<L: Lanes>(l: L, act: Activation, row: &mut [f32]) {
 
 struct InPlace<'a>(&'a mut [f32]);
 
-impl<L: Lanes> With<L> for InPlace<'_> {
+impl<L: Lanes> With<L, 0> for InPlace<'_> {
     #[inline(always)]
     fn with<F: Map<L, 0>>(self, l: L, f: F) {
         map(l, f, [], self.0);
     }
 }
 
-/// What is done with the function of vectors that an activation is.
-pub(super) trait With<L: Lanes> {
-    fn with<F: Map<L, 0>>(self, l: L, f: F);
+/// What is done with the function of vectors that an activation is: of what is there and of `N` inputs.
+pub(super) trait With<L: Lanes, const N: usize> {
+    fn with<F: Map<L, N>>(self, l: L, f: F);
 }
 
 /// Hands the function of `act` over, that of [`Activation::Exp`] for the elements of `row`.
 #[inline(always)]
-pub(super) fn function<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl With<L>) {
+pub(super) fn function<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl With<L, 0>) {
     match act {
         Activation::Identity => to.with(l, Same),
         Activation::Silu => to.with(l, Silu),

@@ -2,7 +2,7 @@
 
 use super::rows::{Map, RowKernel, map};
 use crate::simd::{Backend, Kernel, Lanes, Task};
-use crate::tensor::View;
+use crate::tensor::{Element, View};
 
 /// `out = out * in`
 #[derive(Clone, Copy, Debug)]
@@ -116,6 +116,36 @@ impl Task for OffsetScaleSums<'_> {
     type Output = ();
     fn run<B: Backend>(self, b: B) {
         b.call(self);
+    }
+}
+
+/// The sums of columns over rows, in order.
+#[derive(Debug)]
+pub struct ColumnSums<'a, E> {
+    /// `[rows, width]`
+    pub x: View<'a, E, 2>,
+    /// Room for one row in `f32`.
+    pub row: &'a mut [f32],
+    /// `[width]`, overwritten.
+    pub out: &'a mut [f32],
+}
+
+impl<B: Backend, E: Element> Kernel<B> for ColumnSums<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, b: B) {
+        self.out.fill(0.0);
+        for i in 0..self.x.shape()[0] {
+            let row = self.x.row([i, 0]);
+            let wide = match E::as_f32(row) {
+                Some(row) => row,
+                None => {
+                    E::widen(b.convert(), row, self.row);
+                    &*self.row
+                }
+            };
+            map(b.lanes(), Add, [wide], self.out);
+        }
     }
 }
 

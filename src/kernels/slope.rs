@@ -55,14 +55,14 @@ impl RowKernel<3> for GateSlope {
 /// Rows that are read, the first of which the function is applied to, and one that is written.
 struct Target<'a, const IN: usize>([&'a [f32]; IN], &'a mut [f32]);
 
-impl<L: Lanes> With<L> for Target<'_, 1> {
+impl<L: Lanes> With<L, 0> for Target<'_, 1> {
     #[inline(always)]
     fn with<F: Map<L, 0>>(self, l: L, f: F) {
         map(l, Of(f), self.0, self.1);
     }
 }
 
-impl<L: Lanes> With<L> for Target<'_, 2> {
+impl<L: Lanes> With<L, 0> for Target<'_, 2> {
     #[inline(always)]
     fn with<F: Map<L, 0>>(self, l: L, f: F) {
         map(l, Of(f), self.0, self.1);
@@ -88,25 +88,21 @@ impl<L: Lanes, F: Map<L, 0>> Map<L, 2> for Of<F> {
     }
 }
 
-/// What is done with a derivative `f`: a function of `y` and `x` that gives `f(x) y`.
-trait WithSlope<L: Lanes> {
-    fn with<F: Map<L, 1>>(self, l: L, f: F);
-}
-
-impl<L: Lanes> WithSlope<L> for Target<'_, 2> {
+impl<L: Lanes> With<L, 1> for Target<'_, 2> {
     #[inline(always)]
     fn with<F: Map<L, 1>>(self, l: L, f: F) {
         map(l, SlopeOf(f), self.0, self.1);
     }
 }
 
-impl<L: Lanes> WithSlope<L> for Target<'_, 3> {
+impl<L: Lanes> With<L, 1> for Target<'_, 3> {
     #[inline(always)]
     fn with<F: Map<L, 1>>(self, l: L, f: F) {
         map(l, SlopeOf(f), self.0, self.1);
     }
 }
 
+/// A derivative, of which a function of `y` and `x` gives the product with `y`, as a function of inputs only.
 #[derive(Clone, Copy)]
 struct SlopeOf<F>(F);
 
@@ -126,7 +122,7 @@ impl<L: Lanes, F: Map<L, 1>> Map<L, 3> for SlopeOf<F> {
 
 /// Hands the derivative of `act` over, that of [`Activation::Exp`] for the elements of `row`.
 #[inline(always)]
-fn slope<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl WithSlope<L>) {
+fn slope<L: Lanes>(l: L, act: Activation, row: &[f32], to: impl With<L, 1>) {
     match act {
         Activation::Identity => to.with(l, Identity),
         Activation::Silu => to.with(l, Silu),

@@ -1,15 +1,14 @@
 //! Affine maps with weights as they are, forward and backward: what training needs, whose weights change every step.
 
 use crate::error::{Result, expect_shape};
-use crate::kernels::elementwise::Add;
+use crate::kernels::elementwise::ColumnSums;
 use crate::kernels::gemm::{matmul, matmul_bytes, rows};
 use crate::kernels::packed::PLAIN;
-use crate::kernels::rows::map;
 use crate::kernels::store::Store;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::convert::Generic;
-use crate::simd::{Backend, Kernel, Left, Order, PANEL, Source, Storage, Task, Tiles};
+use crate::simd::{Backend, Left, Order, PANEL, Source, Storage, Task, Tiles};
 use crate::tensor::{Element, View, ViewMut};
 
 const OP: &str = "affine map";
@@ -97,8 +96,8 @@ pub fn backward<E: Element>(
         let all = cut.take::<u8>(need);
         if let Some(mut dbias) = dbias {
             let mut cut = Cut::new(all);
-            let (sum, rows) = (cut.take::<f32>(outputs), cut.take::<f32>(outputs));
-            rt.run(Sums { rt, job: ColumnSums { x: dout, row: rows, out: &mut *sum } });
+            let (sum, row) = (cut.take::<f32>(outputs), cut.take::<f32>(outputs));
+            rt.run(Sums { rt, job: ColumnSums { x: dout, row, out: &mut *sum } });
             E::narrow(Generic, sum, dbias.row_mut([0]));
         }
         product(rt, to_x.0, to_x.1, None, dx, Cut::new(all));
@@ -234,14 +233,7 @@ impl<E: Element> Divide for Columns<'_, E> {
     }
 }
 
-/// Sums of columns over rows in order, whatever the number of threads.
-struct ColumnSums<'a, E> {
-    x: View<'a, E, 2>,
-    /// Room for one row in `f32`.
-    row: &'a mut [f32],
-    out: &'a mut [f32],
-}
-
+/// By columns: the sum of each runs in the order of rows whatever the number of threads.
 impl<E: Element> Divide for ColumnSums<'_, E> {
     fn units(&self) -> usize {
         self.out.len().div_ceil(PANEL)
@@ -259,25 +251,6 @@ impl<E: Element> Divide for ColumnSums<'_, E> {
             ColumnSums { x: x.slice(1, 0, border), row: near_row, out: near },
             ColumnSums { x: x.slice(1, border, end), row: far_row, out: far },
         )
-    }
-}
-
-impl<B: Backend, E: Element> Kernel<B> for ColumnSums<'_, E> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self, b: B) {
-        self.out.fill(0.0);
-        for i in 0..self.x.shape()[0] {
-            let row = self.x.row([i, 0]);
-            let wide = match E::as_f32(row) {
-                Some(row) => row,
-                None => {
-                    E::widen(Generic, row, self.row);
-                    &*self.row
-                }
-            };
-            map(b.lanes(), Add, [wide], self.out);
-        }
     }
 }
 

@@ -118,6 +118,11 @@ impl<A: Scored<H>, const H: usize> Unit<A, H> {
         Ok(out)
     }
 
+    /// What the first map reads, given what [`shift`](Self::shift) made.
+    fn read<'a>(&self, x: Input<'a>, shifted: &'a [f32]) -> Outcome<View<'a, f32, 2>> {
+        if self.shifted == 0 { Ok(x.rows) } else { View::new(shifted, x.rows.shape()) }
+    }
+
     /// The gradient of the input from that of what [`shift`](Self::shift) made of it, in place.
     fn shift_back(&self, mut dx: ViewMut<'_, f32, 2>, len: usize) {
         let ([n, _], h) = (dx.shape(), self.shifted);
@@ -163,7 +168,7 @@ impl<A: Scored<H>, const H: usize> Layer for Unit<A, H> {
             (self.weights(params)?, [x.batch, x.len], self.widths);
         let shape @ [n, wide] = [x.rows.shape()[0], self.wide()];
         let shifted = self.shift(rt, x)?;
-        let rows = if self.shifted == 0 { x.rows } else { View::new(&shifted, x.rows.shape())? };
+        let rows = self.read(x, &shifted)?;
         let [mut plain, mut active] = [rt.floats(n * wide)?, rt.floats(n * wide)?];
         w.first.forward(rt, rows, ViewMut::new(&mut plain, shape)?)?;
         let (from, to) = (View::new(&plain, shape)?, ViewMut::new(&mut active, shape)?);
@@ -245,7 +250,7 @@ impl<A: Scored<H>, const H: usize> Layer for Unit<A, H> {
         let (plain, to) = (View::new(&kept.plain, shape)?, ViewMut::new(&mut dplain, shape)?);
         pointwise::activate_backward(rt, Activation::Silu, plain, View::new(&dactive, shape)?, to)?;
         let shifted = self.shift(rt, x)?;
-        let rows = if self.shifted == 0 { x.rows } else { View::new(&shifted, x.rows.shape())? };
+        let rows = self.read(x, &shifted)?;
         w.first.backward(rt, [rows, View::new(&dplain, shape)?], dx.reborrow(), to_first)?;
         self.shift_back(dx, len);
         Ok(())
