@@ -200,6 +200,8 @@ fn threads_do_not_matter() {
     independent_of_threads(&hint, "two heads with a ragged panel");
     let short = Problem::new([1, 3, 128, 128], &[0.1; 40], 11);
     independent_of_threads(&short, "steps");
+    let large = Problem::new([4, 8, 400, 400], &[0.1, 0.2, 0.3], 14);
+    independent_of_threads(&large, "states of which fewer stay in the cache than of their parts");
 }
 
 #[test]

@@ -1,18 +1,17 @@
-//! The gradients, as three runs of the recurrence with other roles.
+//! The gradients, as runs of the recurrence with other roles.
 //!
 //! With `P = scale (Q K^T) o M`, `o_t = scale q_t S_t`, and `dS_t` the gradient of the state behind token `t`:
 //!
 //! ```text
-//! dq_t = scale do_t S_t^T     S^T <- lambda S^T + v_t k_t^T                      first token to last
-//! dk_t = v_t dS^T             dS^T <- dS^T + do_t^T (scale q_t), then lambda dS^T  last token to first
-//! dv_t = k_t dS               dS  <- dS + (scale q_t)^T do_t, then lambda dS       last token to first
+//! dq_t = scale do_t S_t^T     S^T <- lambda S^T + v_t k_t^T                        first token to last
+//! dk_t = v_t dS^T, dv_t = k_t dS     dS <- dS + (scale q_t)^T do_t, then lambda dS    last token to first
 //! ```
 //!
-//! Each line is Lightning Attention of other tensors: `(do, v, k)`, `(v, do, q)` and `(k, q, do)`. The last two
-//! begin at the gradient of the final state and end at that of the initial one.
+//! The first line is Lightning Attention of `(do, v, k)`. The second begins at the gradient of the final state and
+//! ends at that of the initial one.
 
 use super::task::{self, Run};
-use super::{LightningAttention, OP, longest};
+use super::{LightningAttention, OP, longest, reverse};
 use crate::attention::{Gradients, Inputs, State};
 use crate::error::{Result, expect_shape};
 use crate::runtime::Runtime;
@@ -123,15 +122,6 @@ impl LightningAttention {
     }
 }
 
-/// The three runs as calls of rows of `q` and of `v`.
-fn runs(len: usize, dk: usize, dv: usize) -> [Run; 3] {
-    [
-        Run { len, dk: dv, dv: dk, turned: false },
-        Run { len, dk: dv, dv: dk, turned: true },
-        Run { len, dk, dv, turned: true },
-    ]
-}
-
 /// Scratch of [`gradients`], from the shape of `q` and the width of `v`.
 pub(in crate::attention) fn gradients_bytes(
     rt: &Runtime,
@@ -139,11 +129,12 @@ pub(in crate::attention) fn gradients_bytes(
     [batch, len, heads, dk]: [usize; 4],
     dv: usize,
 ) -> usize {
-    let most = runs(len, dk, dv).map(|run| run.scratch(rt, op)).into_iter().max().unwrap_or(0);
+    let forth = Run { len, dk: dv, dv: dk }.scratch(rt, op);
+    let most = forth.max(reverse::scratch(rt, op, len, [dk, dv]));
     bytes_of::<f32>(batch * heads * dk * dv) + bytes_of::<f32>(dv) + most
 }
 
-/// The three runs over checked arguments: `[q, k, v, dout]` and the initial state; the gradients of `q`, `k` and `v`,
+/// The runs over checked arguments: `[q, k, v, dout]` and the initial state; the gradients of `q`, `k` and `v`,
 /// and that of the final state, which becomes that of the initial one.
 pub(in crate::attention) fn gradients<E: Element>(
     rt: &Runtime,
@@ -163,20 +154,18 @@ pub(in crate::attention) fn gradients<E: Element>(
     }
     let start = ViewMut::new(&mut *sums, columns)?;
     task::run(rt, op, [dout, v, k], dq, start, cut.reborrow());
-    match &mut dstate {
-        Some(state) => transpose(rows, row, sums, |at, x| x.copy_from_slice(state.row_mut(at))),
-        None => sums.fill(0.0),
-    }
-    let start = ViewMut::new(&mut *sums, columns)?;
-    task::run_turned(rt, op, [v, dout, q], [1.0, 1.0, op.scale], dk, start, cut.reborrow());
-    let start = match dstate {
-        Some(state) => state,
-        None => {
-            sums.fill(0.0);
-            ViewMut::new(&mut *sums, rows)?
+    let copy = match &mut dstate {
+        Some(state) => {
+            let all = (0..batch * heads * width).zip(sums.chunks_exact_mut(values.max(1)));
+            for (i, to) in all {
+                let at = [i / width / heads, i / width % heads, i % width, 0];
+                to.copy_from_slice(state.row_mut(at));
+            }
+            Some(ViewMut::new(&mut *sums, rows)?)
         }
+        None => None,
     };
-    task::run_turned(rt, op, [k, q, dout], [1.0, op.scale, 1.0], dv, start, cut);
+    reverse::run(rt, op, [q, k, v, dout], [dk, dv], [dstate, copy], cut);
     Ok(())
 }
 

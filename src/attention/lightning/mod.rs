@@ -2,8 +2,10 @@
 
 pub(super) mod backward;
 pub mod naive;
+mod reverse;
 mod slopes;
 pub(super) mod task;
+mod walk;
 
 pub use slopes::SlopeSchedule;
 
@@ -131,7 +133,7 @@ impl LightningAttention {
         let [.., dv] = v.shape();
         state.expect(OP, [batch, self.heads(), dk, dv])?;
         state.room(OP, len)?;
-        let bytes = Run { len, dk, dv, turned: false }.scratch(rt, self);
+        let bytes = Run { len, dk, dv }.scratch(rt, self);
         let to = state.view_mut();
         rt.with_scratch(bytes, |cut| task::run(rt, self, [q, k, v], out, to, cut))?;
         state.advance(len);
@@ -163,7 +165,7 @@ impl LightningAttention {
         state.expect(OP, [cu_seqlens.len() - 1, self.heads(), dk, dv])?;
         state.room(OP, len)?;
         let mut states = state.view_mut();
-        let bytes = Run { len: longest(cu_seqlens), dk, dv, turned: false }.scratch(rt, self);
+        let bytes = Run { len: longest(cu_seqlens), dk, dv }.scratch(rt, self);
         rt.with_scratch(bytes, |mut cut| {
             for (s, w) in cu_seqlens.windows(2).enumerate() {
                 let qkv = [q, k, v].map(|x| x.slice(1, w[0], w[1]));

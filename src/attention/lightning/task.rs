@@ -5,23 +5,20 @@
 //! wait for those of another. Every element goes through the same operations in the same order either way.
 
 use super::LightningAttention;
-use crate::kernels::ahead::Ahead;
-use crate::kernels::chunk::{
-    Advance, ChunkShape, FromPanels, Head, Scores, ToPanels, Turned, Workspace,
-};
+use super::walk::{Chunk, Chunks, Walk, shape};
+use crate::kernels::ahead::{Ahead, Part};
+use crate::kernels::chunk::{Carried, ChunkShape, FromPanels, Head, ToPanels};
 use crate::kernels::decay::{DecayTable, Forget};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::each_row;
 use crate::runtime::{Divide, Runtime};
 use crate::scratch::{Cut, bytes_of};
-use crate::simd::{Backend, Kernel, PANEL, Task, Tiles};
+use crate::simd::{Backend, Kernel, PANEL, Task};
 use crate::tensor::{Element, View, ViewMut};
 
 /// Sequences up to this length go token by token: bringing the state into panels and back costs as much as
 /// two passes of the recurrence over it.
 const RECURRENT: usize = 3;
-/// Bytes of states that are advanced together: they and a chunk's buffers stay in the second cache level.
-const RESIDENT: usize = 1 << 20;
 
 /// Some heads, or some batch rows, of a call.
 struct Job<'a, E> {
@@ -31,19 +28,14 @@ struct Job<'a, E> {
     out: ViewMut<'a, E, 4>,
     state: ViewMut<'a, f32, 4>,
     tables: &'a [DecayTable],
-    /// The hint for the number of rows in a chunk.
-    chunk: Option<usize>,
-    scale: f32,
-    /// Factors of `q`, `k` and `v` in a call that reads from the last token to the first and lets the state decay
-    /// after each of them; `scale` is 1 then.
-    turned: Option<[f32; 3]>,
+    op: &'a LightningAttention,
     by_batch: bool,
 }
 
 impl<'a, E: Element> Job<'a, E> {
     fn shape<B: Backend>(&self) -> ChunkShape {
         let ([_, len, _, dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        shape::<B>(self.chunk, len, [dk, dv])
+        shape::<B>(self.op, len, [dk, dv])
     }
 
     fn head(&self, b: usize, h: usize) -> Head<'a, E> {
@@ -52,7 +44,7 @@ impl<'a, E: Element> Job<'a, E> {
             k: self.k.head(b, h),
             v: self.v.head(b, h),
             decay: self.tables[h].before(),
-            scale: self.scale,
+            scale: self.op.scale,
         }
     }
 
@@ -62,7 +54,7 @@ impl<'a, E: Element> Job<'a, E> {
     }
 
     fn is_short(&self) -> bool {
-        is_short(self.q.shape()[1], self.turned.is_some())
+        self.q.shape()[1] <= RECURRENT
     }
 
     /// Ranges of columns that threads may share a head by; a step needs whole rows of the state.
@@ -80,17 +72,8 @@ impl<'a, E: Element> Job<'a, E> {
 
     fn bytes<B: Backend>(&self) -> usize {
         let ([_, len, _, dk], [.., dv]) = (self.q.shape(), self.v.shape());
-        Run { len, dk, dv, turned: self.turned.is_some() }.bytes::<B>(self.chunk, self.tables.len())
+        Run { len, dk, dv }.bytes::<B>(self.op, self.tables.len())
     }
-}
-
-/// Whether a call goes token by token.
-fn is_short(len: usize, turned: bool) -> bool {
-    !turned && len <= RECURRENT
-}
-
-fn shape<B: Backend>(chunk: Option<usize>, len: usize, [dk, dv]: [usize; 2]) -> ChunkShape {
-    ChunkShape { chunk: rows::<B>(chunk).min(len).max(1), dk, dv }
 }
 
 /// What the scratch of a call depends on.
@@ -99,18 +82,16 @@ pub(in crate::attention) struct Run {
     pub len: usize,
     pub dk: usize,
     pub dv: usize,
-    /// Whether it reads from the last token to the first.
-    pub turned: bool,
 }
 
 impl Run {
     /// Of one part.
-    fn bytes<B: Backend>(self, chunk: Option<usize>, heads: usize) -> usize {
-        let s = shape::<B>(chunk, self.len, [self.dk, self.dv]);
-        if is_short(self.len, self.turned) {
-            return 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv);
+    fn bytes<B: Backend>(self, op: &LightningAttention, heads: usize) -> usize {
+        let s = shape::<B>(op, self.len, [self.dk, self.dv]);
+        match self.len <= RECURRENT {
+            true => 2 * bytes_of::<f32>(s.dk) + 2 * bytes_of::<f32>(s.dv),
+            false => chunked_bytes::<B>(s, heads),
         }
-        chunked_bytes::<B>(s, heads) + if self.turned { Turned::bytes(s) } else { 0 }
     }
 
     /// Of all parts; never less for a longer call.
@@ -119,28 +100,16 @@ impl Run {
         impl Task for Ask<'_> {
             type Output = usize;
             fn run<B: Backend>(self, _: B) -> usize {
-                self.0.bytes::<B>(self.1.chunk, self.1.heads())
+                self.0.bytes::<B>(self.1, self.1.heads())
             }
         }
         rt.threads() * bytes_of::<u8>(rt.run(Ask(self, op)))
     }
 }
 
-/// Rows of a chunk.
-fn rows<B: Backend>(hint: Option<usize>) -> usize {
-    hint.unwrap_or(<B::T as Tiles>::CHUNK)
-}
-
-/// How many of `heads` heads advance together.
-fn group(shape: ChunkShape, heads: usize) -> usize {
-    (RESIDENT / bytes_of::<f32>(shape.state_len()).max(1)).clamp(1, heads.max(1))
-}
-
 /// Scratch of [`chunked`].
 fn chunked_bytes<B: Backend>(shape: ChunkShape, heads: usize) -> usize {
-    bytes_of::<f32>(group(shape, heads) * shape.state_len())
-        + bytes_of::<f32>(shape.score_len())
-        + shape.workspace_bytes::<B>()
+    Walk::new([1, 1, heads], shape).bytes() + Chunk::<B>::bytes(shape)
 }
 
 impl<E: Element> Divide for Job<'_, E> {
@@ -214,7 +183,7 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
                     buffers: buffers.each_mut().map(|x| &mut **x),
                     state: job.state.matrix_mut(n, h),
                     forget: job.tables[h].before().forget(1),
-                    scale: job.scale,
+                    scale: job.op.scale,
                     out: job.out.row_mut(at),
                 });
             }
@@ -222,85 +191,42 @@ fn recurrent<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut
     }
 }
 
-/// Buffers of the chunk form for one chunk of one head.
-struct Chunk<'a, B: Backend> {
+/// A job in the chunk form.
+struct Chunked<'s, 'a, B: Backend, E> {
+    b: B,
+    job: Job<'a, E>,
     shape: ChunkShape,
-    scores: &'a mut [f32],
-    work: Workspace<'a, B>,
+    chunk: Chunk<'s, B>,
 }
 
-impl<'a, B: Backend> Chunk<'a, B> {
-    /// Rows `at .. at + rows` of a head: its outputs, and the state behind it.
-    fn advance<E: Element>(
-        &mut self,
-        b: B,
-        head: Head<'_, E>,
-        [at, rows]: [usize; 2],
-        out: ViewMut<'_, E, 2>,
-        state: &mut [f32],
-        ahead: &mut Ahead,
-    ) {
-        let (work, scores, stride) = (&mut self.work, &mut *self.scores, self.shape.score_stride());
-        b.call_tiles(Scores {
-            head,
-            at,
-            rows,
-            work: &mut *work,
-            scores: &mut *scores,
-            stride,
-            ahead: &mut *ahead,
-        });
-        b.call_tiles(Advance { head, at, rows, work, scores, stride, out, state, ahead });
+impl<B: Backend, E: Element> Chunks for Chunked<'_, '_, B, E> {
+    fn load(&mut self, n: usize, h: usize, panels: &mut [f32]) {
+        let state = self.job.state.reborrow().head_rows(n, h);
+        self.b.call(ToPanels { state, panels });
+    }
+
+    fn advance(&mut self, n: usize, [h, done]: [usize; 2], next: [usize; 2], state: &mut [f32]) {
+        let Self { b, job, shape, chunk } = self;
+        let (head, rows) = (job.head(n, h), shape.chunk.min(job.q.shape()[1] - done));
+        let soon = (job.head(n, next[0]), [next[1], shape.chunk]);
+        let [k, q, v] = [soon.0.k, soon.0.q, soon.0.v].map(|x| Part::of(x, soon.1));
+        let out = Part::of_mut(&job.out.head_mut(n, next[0]), soon.1);
+        let ahead = &mut Ahead::new([k, q, v, out], shape.taken(true, true));
+        let (out, state) = (Some(job.out.head_mut(n, h)), Carried::Panels(state));
+        chunk.advance(*b, head, [done, rows], out, state, ahead);
+    }
+
+    fn store(&mut self, n: usize, h: usize, panels: &[f32]) {
+        let state = self.job.state.reborrow().head_rows(n, h);
+        self.b.call(FromPanels { panels, state });
     }
 }
 
-/// A job in the chunk form: chunks outside, heads inside, so that the rows of a chunk are read from memory
-/// page by page while the states wait in the second cache level.
-fn chunked<B: Backend, E: Element>(b: B, mut job: Job<'_, E>, mut scratch: Cut<'_>) {
-    let ([batch, len, heads, _], shape, group) =
-        (job.q.shape(), job.shape::<B>(), group(job.shape::<B>(), job.tables.len()));
-    let states = scratch.take::<f32>(group * shape.state_len());
-    let scores = scratch.take::<f32>(shape.score_len());
-    let mut chunk = Chunk { shape, scores, work: Workspace::<B>::new(b, shape, &mut scratch) };
-    let mut turned = job.turned.map(|factors| (factors, Turned::new(shape, &mut scratch)));
-    for n in 0..batch {
-        for first in (0..heads).step_by(group) {
-            let last = heads.min(first + group);
-            for (h, panels) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
-                let state = job.state.reborrow().head_rows(n, h);
-                b.call(ToPanels { state, panels });
-            }
-            for done in (0..len).step_by(shape.chunk) {
-                let rows = shape.chunk.min(len - done);
-                for (h, state) in (first..last).zip(states.chunks_exact_mut(shape.state_len())) {
-                    let head = job.head(n, h);
-                    if let Some((factors, turned)) = &mut turned {
-                        let rows = [len - done - rows, rows];
-                        turned.fill(b, [head.q, head.k, head.v], rows, *factors);
-                        let (copy, out) = turned.head(rows[1], job.tables[h].after());
-                        let (next, start) = match h + 1 < last {
-                            true => (h + 1, rows[0]),
-                            false => (first, rows[0].saturating_sub(shape.chunk)),
-                        };
-                        let (next, next_out) = (job.head(n, next), job.out.head_mut(n, next));
-                        let ahead = &mut shape.ahead(&next, &next_out, start);
-                        chunk.advance(b, copy, [0, rows[1]], out, state, ahead);
-                        turned.store(b, job.out.head_mut(n, h), rows);
-                        continue;
-                    }
-                    let (next, start) =
-                        if h + 1 < last { (h + 1, done) } else { (first, done + rows) };
-                    let ahead =
-                        &mut shape.ahead(&job.head(n, next), &job.out.head_mut(n, next), start);
-                    chunk.advance(b, head, [done, rows], job.out.head_mut(n, h), state, ahead);
-                }
-            }
-            for (h, panels) in (first..last).zip(states.chunks_exact(shape.state_len())) {
-                let state = job.state.reborrow().head_rows(n, h);
-                b.call(FromPanels { panels, state });
-            }
-        }
-    }
+fn chunked<B: Backend, E: Element>(b: B, job: Job<'_, E>, mut scratch: Cut<'_>) {
+    let ([batch, len, ..], shape) = (job.q.shape(), job.shape::<B>());
+    let chunk = Chunk::new(b, shape, &mut scratch);
+    let walk = Walk::new([batch, len, job.tables.len()], shape);
+    walk.run(&mut scratch, &mut Chunked { b, job, shape, chunk });
 }
 
 /// A call, ready to be dispatched.
@@ -335,42 +261,14 @@ impl<E: Element> Task for Forward<'_, '_, E> {
 pub(in crate::attention) fn run<E: Element>(
     rt: &Runtime,
     op: &LightningAttention,
-    qkv: [View<'_, E, 4>; 3],
-    out: ViewMut<'_, E, 4>,
-    state: ViewMut<'_, f32, 4>,
-    cut: Cut<'_>,
-) {
-    start(rt, op, qkv, out, state, None, cut);
-}
-
-/// Runs a checked call from the last token to the first, with `q`, `k` and `v` multiplied by `factors`:
-/// `S <- S + k v^T`, `o = q S`, `S <- lambda S`.
-pub(super) fn run_turned<E: Element>(
-    rt: &Runtime,
-    op: &LightningAttention,
-    qkv: [View<'_, E, 4>; 3],
-    factors: [f32; 3],
-    out: ViewMut<'_, E, 4>,
-    state: ViewMut<'_, f32, 4>,
-    cut: Cut<'_>,
-) {
-    start(rt, op, qkv, out, state, Some(factors), cut);
-}
-
-fn start<E: Element>(
-    rt: &Runtime,
-    op: &LightningAttention,
     [q, k, v]: [View<'_, E, 4>; 3],
     out: ViewMut<'_, E, 4>,
     state: ViewMut<'_, f32, 4>,
-    turned: Option<[f32; 3]>,
     cut: Cut<'_>,
 ) {
     let [batch, _, heads, _] = q.shape();
     let by_batch = heads < rt.threads() && heads < batch;
-    let (tables, chunk) = (&op.tables, op.chunk);
-    let scale = if turned.is_some() { 1.0 } else { op.scale };
-    let job = Job { q, k, v, out, state, tables, chunk, scale, turned, by_batch };
+    let job = Job { q, k, v, out, state, tables: &op.tables, op, by_batch };
     rt.run(Forward { rt, job, cut });
 }
 
@@ -380,7 +278,7 @@ pub(super) fn scratch_bytes(rt: &Runtime, op: &LightningAttention, dk: usize, dv
     impl Task for Ask<'_> {
         type Output = usize;
         fn run<B: Backend>(self, _: B) -> usize {
-            let shape = ChunkShape { chunk: rows::<B>(self.0.chunk), dk: self.1, dv: self.2 };
+            let shape = shape::<B>(self.0, usize::MAX, [self.1, self.2]);
             chunked_bytes::<B>(shape, self.0.heads())
         }
     }

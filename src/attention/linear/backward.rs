@@ -124,7 +124,7 @@ impl Core {
             + bytes_of::<f32>(row_len)
             + bytes_of::<f32>(batch * heads * row_len);
         let plain = LightningAttention::plain(heads)?;
-        let run = Run { len: lk, dk: width, dv: wide, turned: false };
+        let run = Run { len: lk, dk: width, dv: wide };
         let runs = match self.causal {
             true => gradients_bytes(rt, &plain, f.shape(), wide).max(run.scratch(rt, &plain)),
             false => 0,

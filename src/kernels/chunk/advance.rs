@@ -1,12 +1,12 @@
 //! The outputs of a chunk, and the state behind it.
 
-use super::{Head, Workspace};
+use super::{Carried, Head, Workspace};
 use crate::kernels::ahead::{Ahead, Meanwhile};
 use crate::kernels::decay::{Flushed, Forget, Form, Fresh, Scaled, Shared};
 use crate::kernels::recurrence::Step;
 use crate::kernels::staging::{finite_rows, rows_of};
 use crate::kernels::store::{Narrow, each_vector};
-use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Term, Tiles};
+use crate::simd::{Backend, Kernel, Lanes, Left, Order, PANEL, Product, Sink, Source, Term, Tiles};
 use crate::tensor::{Element, ViewMut, rows_of_tile};
 
 /// The outputs and the new state of one chunk.
@@ -24,10 +24,11 @@ pub struct Advance<'a, 'w, B: Backend, E> {
     pub scores: &'w [f32],
     /// Distance between their rows.
     pub stride: usize,
-    /// `[n, dv]`, all rows. With `head.v` and `state` it may be a range of value columns only.
-    pub out: ViewMut<'w, E, 2>,
-    /// The state in panels.
-    pub state: &'w mut [f32],
+    /// `[n, dv]`, all rows. With `head.v` and `state` it may be a range of value columns only. Without it queries and
+    /// scores are not read.
+    pub out: Option<ViewMut<'w, E, 2>>,
+    /// The state.
+    pub state: Carried<'w>,
     /// What is needed next.
     pub ahead: &'w mut Ahead,
 }
@@ -100,11 +101,28 @@ fn fade<L: Lanes>(l: L, forget: Forget, state: &mut [f32]) {
     }
 }
 
+/// The panel of columns `at .. at + n` of a `rows x columns` state whose transpose lies in `panels`.
+#[inline(always)]
+fn turn<B: Backend>(
+    b: B,
+    panels: &[f32],
+    [rows, columns]: [usize; 2],
+    [at, n]: [usize; 2],
+    panel: &mut [f32],
+) {
+    for i in (0..rows).step_by(PANEL) {
+        let depth = PANEL.min(rows - i);
+        let from = &panels[i * columns..][at * PANEL..(at + n) * PANEL];
+        let to = &mut panel[i * PANEL..][..depth * PANEL];
+        b.plain().pack_right(b, Source::Columns(from, PANEL), depth, n, to);
+    }
+}
+
 impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
     type Output = ();
     #[inline(always)]
     fn run(self, b: B) {
-        let Advance { head, at, rows: m, work, scores, stride, mut out, state, ahead } = self;
+        let Advance { head, at, rows: m, work, scores, stride, mut out, mut state, ahead } = self;
         let t = b.tiles();
         let (dk, dv) = (head.q.shape()[1], head.v.shape()[1]);
         let [q, k, v] = [head.q, head.k, head.v].map(|x| x.slice(0, at, at + m));
@@ -112,7 +130,10 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
         let forget = head.decay.forget(m);
         // The last chunk of a call always: the next call counts its chunks from 0 again.
         let flush = at + m == head.q.shape()[0] || head.decay.flush_due(at, m);
-        if forget == Forget::All && head.decay.query(1) == [0.0] {
+        if let Carried::Panels(state) = &mut state
+            && forget == Forget::All
+            && head.decay.query(1) == [0.0]
+        {
             // No row reads it, and 0 * inf is NaN.
             state.fill(0.0);
         }
@@ -125,64 +146,83 @@ impl<B: Backend, E: Element> Kernel<B> for Advance<'_, '_, B, E> {
             }
             work.query_scale
         };
-        let left_q = Left::new(q_data, Order::Rows(qs));
-        let left_q = t.pack_left(b, left_q, None, m, dk, work.left_q);
-        let keys = Left::new(k_data, Order::Columns(ks));
-        let left_k = t.pack_left(b, keys, Some(head.decay.key(m)), dk, m, work.left_k);
-        let left_p = Left::new(scores, Order::Rows(stride));
-        let left_p = t.pack_left(b, left_p, None, m, m, work.left_p);
+        let reads = out.is_some().then(|| {
+            let left_q = Left::new(q_data, Order::Rows(qs));
+            let left_p = Left::new(scores, Order::Rows(stride));
+            (
+                t.pack_left(b, left_q, None, m, dk, work.left_q),
+                t.pack_left(b, left_p, None, m, m, work.left_p),
+            )
+        });
+        let adds = matches!(state, Carried::Panels(_)).then(|| {
+            let keys = Left::new(k_data, Order::Columns(ks));
+            t.pack_left(b, keys, Some(head.decay.key(m)), dk, m, work.left_k)
+        });
         let values = B::T::right(work.values, m);
         for j in (0..dv).step_by(PANEL) {
             let n = PANEL.min(dv - j);
-            let state = &mut state[j * dk..][..PANEL * dk];
+            let state = match &mut state {
+                Carried::Panels(panels) => &mut panels[j * dk..][..PANEL * dk],
+                Carried::Transposed { panels, panel } => {
+                    turn(b, panels, [dk, dv], [j, n], panel);
+                    &mut **panel
+                }
+            };
             if !finite_rows(b, v.slice(1, j, j + n), [0, m]) {
                 // A value that is not finite would reach earlier rows as 0 * inf; token by token it cannot.
                 // Panel by panel, because threads that share a head divide it by panels.
                 let [before, after] = head.decay.around();
                 for r in 0..m {
                     let y = &mut work.out[..n];
-                    E::widen(b.convert(), q.row([r, 0]), work.q);
-                    E::widen(b.convert(), k.row([r, 0]), work.k);
+                    let [q_row, k_row] = [&mut work.q[..dk], &mut work.k[..dk]];
+                    E::widen(b.convert(), q.row([r, 0]), q_row);
+                    E::widen(b.convert(), k.row([r, 0]), k_row);
                     E::widen(b.convert(), &v.row([r, 0])[j..j + n], &mut work.v[..n]);
                     Step {
                         state: &mut *state,
                         stride: PANEL,
                         forget: before,
-                        q: work.q,
-                        k: work.k,
+                        q: q_row,
+                        k: k_row,
                         v: &work.v[..n],
                         out: &mut *y,
                         scale: head.scale,
                     }
                     .run(b);
-                    E::narrow(b.convert(), y, &mut out.row_mut([at + r, 0])[j..j + n]);
+                    if let Some(out) = &mut out {
+                        E::narrow(b.convert(), y, &mut out.row_mut([at + r, 0])[j..j + n]);
+                    }
                     fade(b.lanes(), after, state);
                 }
                 continue;
             }
             let values = values.columns(j);
-            let right_s = t.view_right(b, state, dk, n, work.view_s);
-            let product = Product {
-                m,
-                n,
-                first: Some((Term { left: left_q, right: right_s, k: dk }, query_scale)),
-                second: Some(Term { left: left_p, right: values, k: m }),
-                causal: true,
-                lower: false,
-            };
-            let rows = out.reborrow().slice(0, at, at + m).slice(1, j, j + n);
-            let sink = Narrow { out: rows, convert: b.convert(), scale: None };
-            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
-            let product = Product {
-                m: dk,
-                n,
-                first: None,
-                second: Some(Term { left: left_k, right: values, k: m }),
-                causal: false,
-                lower: false,
-            };
-            let sink = Update { state, forget, flush };
-            t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
+            if let (Some((left_q, left_p)), Some(out)) = (reads, &mut out) {
+                let right_s = t.view_right(b, state, dk, n, work.view_s);
+                let product = Product {
+                    m,
+                    n,
+                    first: Some((Term { left: left_q, right: right_s, k: dk }, query_scale)),
+                    second: Some(Term { left: left_p, right: values, k: m }),
+                    causal: true,
+                    lower: false,
+                };
+                let rows = out.reborrow().slice(0, at, at + m).slice(1, j, j + n);
+                let sink = Narrow { out: rows, convert: b.convert(), scale: None };
+                t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
+            }
+            if let Some(left_k) = adds {
+                let product = Product {
+                    m: dk,
+                    n,
+                    first: None,
+                    second: Some(Term { left: left_k, right: values, k: m }),
+                    causal: false,
+                    lower: false,
+                };
+                let sink = Update { state, forget, flush };
+                t.product(b, &work.session, &product, &mut Meanwhile { sink, ahead });
+            }
         }
     }
 }

@@ -20,13 +20,12 @@ mod turned;
 pub use advance::Advance;
 pub use panels::{FromPanels, ToPanels};
 pub use scores::Scores;
-pub use turned::Turned;
+pub use turned::{Turn, TurnBack};
 
-use super::ahead::{Ahead, Part};
 use super::decay::Decay;
 use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, PANEL, Tiles, right_len};
-use crate::tensor::{Element, View, ViewMut};
+use crate::tensor::View;
 
 /// Sizes that decide how much scratch a chunk takes.
 #[derive(Clone, Copy, Debug)]
@@ -58,19 +57,12 @@ impl ChunkShape {
         right_len(self.dk, self.dv)
     }
 
-    /// The rows `at .. at + chunk` of a head and its output, paced so that all of them are asked for while another
-    /// chunk is computed.
-    pub fn ahead<E: Element>(
-        &self,
-        head: &Head<'_, E>,
-        out: &ViewMut<'_, E, 2>,
-        at: usize,
-    ) -> Ahead {
-        let rows = [at, self.chunk];
-        let [k, q, v] = [head.k, head.q, head.v].map(|x| Part::of(x, rows));
+    /// Rows of tiles that the sinks of a chunk take: those of its scores and outputs, and those of its state.
+    #[must_use]
+    pub fn taken(&self, outputs: bool, state: bool) -> usize {
         let panels = self.dv.div_ceil(PANEL);
-        let taken = self.score_stride() + (self.chunk + self.dk) * panels;
-        Ahead::new([k, q, v, Part::of_mut(out, rows)], taken)
+        let outputs = usize::from(outputs) * (self.score_stride() + self.chunk * panels);
+        outputs + usize::from(state) * self.dk * panels
     }
 
     /// Bytes of a [`Workspace`].
@@ -126,6 +118,20 @@ impl<'a, B: Backend> Workspace<'a, B> {
             view_s: scratch.take(<B::T as Tiles>::view_len(dk, PANEL)),
         }
     }
+}
+
+/// The state of one head.
+#[derive(Debug)]
+pub enum Carried<'a> {
+    /// In panels: read, then advanced.
+    Panels(&'a mut [f32]),
+    /// Transposed, in panels that another head advances: read through `panel`, which holds [`PANEL`] columns.
+    Transposed {
+        /// `[dv, dk]`
+        panels: &'a [f32],
+        /// `[dk, PANEL]`
+        panel: &'a mut [f32],
+    },
 }
 
 /// The sequence of one head, and how it decays.

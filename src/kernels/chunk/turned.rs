@@ -1,82 +1,18 @@
 //! Chunks read from the last row to the first.
 
-use super::{ChunkShape, Head};
-use crate::kernels::decay::Decay;
 use crate::kernels::softmax::scale_row;
-use crate::scratch::{Cut, bytes_of};
 use crate::simd::{Backend, Kernel};
 use crate::tensor::{Element, View, ViewMut};
 
-/// Copies of one chunk of one head, the last row first.
+/// Copies rows, the last one first.
 #[derive(Debug)]
-pub struct Turned<'a> {
-    shape: ChunkShape,
-    q: &'a mut [f32],
-    k: &'a mut [f32],
-    v: &'a mut [f32],
-    out: &'a mut [f32],
-}
-
-impl<'a> Turned<'a> {
-    /// Cuts the buffers off `scratch`.
-    pub fn new(shape: ChunkShape, scratch: &mut Cut<'a>) -> Self {
-        let ChunkShape { chunk, dk, dv } = shape;
-        let [q, k, v, out] = [dk, dk, dv, dv].map(|width| scratch.take(chunk * width));
-        Self { shape, q, k, v, out }
-    }
-
-    /// Bytes of the buffers.
-    #[must_use]
-    pub fn bytes(shape: ChunkShape) -> usize {
-        let ChunkShape { chunk, dk, dv } = shape;
-        2 * bytes_of::<f32>(chunk * dk) + 2 * bytes_of::<f32>(chunk * dv)
-    }
-
-    /// Fills them with rows `at .. at + rows` of `q`, `k` and `v`, each multiplied by its factor.
-    pub fn fill<B: Backend, E: Element>(
-        &mut self,
-        b: B,
-        [q, k, v]: [View<'_, E, 2>; 3],
-        [at, rows]: [usize; 2],
-        factors: [f32; 3],
-    ) {
-        for (src, factor, dst) in
-            [(q, factors[0], &mut *self.q), (k, factors[1], self.k), (v, factors[2], self.v)]
-        {
-            b.call(Turn { src: src.slice(0, at, at + rows), factor, dst });
-        }
-    }
-
-    /// The copies as a head of `rows` rows, and where its output goes.
-    pub fn head<'s>(
-        &'s mut self,
-        rows: usize,
-        decay: Decay<'s>,
-    ) -> (Head<'s, f32>, ViewMut<'s, f32, 2>) {
-        let ChunkShape { dk, dv, .. } = self.shape;
-        let view = |x: &'s [f32], width| {
-            View::new(&x[..rows * width], [rows, width]).expect("rows of a chunk")
-        };
-        let (q, k, v) = (view(self.q, dk), view(self.k, dk), view(self.v, dv));
-        let out = ViewMut::new(&mut self.out[..rows * dv], [rows, dv]).expect("rows of a chunk");
-        (Head { q, k, v, decay, scale: 1.0 }, out)
-    }
-
-    /// Writes the output to rows `at .. at + rows` of `out`.
-    pub fn store<B: Backend, E: Element>(
-        &self,
-        b: B,
-        out: ViewMut<'_, E, 2>,
-        [at, rows]: [usize; 2],
-    ) {
-        b.call(TurnBack { src: &*self.out, out: out.slice(0, at, at + rows) });
-    }
-}
-
-struct Turn<'a, E> {
-    src: View<'a, E, 2>,
-    factor: f32,
-    dst: &'a mut [f32],
+pub struct Turn<'a, E> {
+    /// `[rows, width]`
+    pub src: View<'a, E, 2>,
+    /// What every element is multiplied by.
+    pub factor: f32,
+    /// `rows * width` floats, or more.
+    pub dst: &'a mut [f32],
 }
 
 impl<B: Backend, E: Element> Kernel<B> for Turn<'_, E> {
@@ -94,9 +30,13 @@ impl<B: Backend, E: Element> Kernel<B> for Turn<'_, E> {
     }
 }
 
-struct TurnBack<'a, E> {
-    src: &'a [f32],
-    out: ViewMut<'a, E, 2>,
+/// The way back of [`Turn`].
+#[derive(Debug)]
+pub struct TurnBack<'a, E> {
+    /// Rows, the last one first.
+    pub src: &'a [f32],
+    /// `[rows, width]`
+    pub out: ViewMut<'a, E, 2>,
 }
 
 impl<B: Backend, E: Element> Kernel<B> for TurnBack<'_, E> {

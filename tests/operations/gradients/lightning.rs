@@ -262,3 +262,31 @@ fn what_is_not_finite_stays_where_it_acts() {
         }
     }
 }
+
+#[test]
+fn what_is_not_finite_reaches_what_the_definition_says() {
+    for (isa, input) in isas().into_iter().flat_map(|isa| (0..4).map(move |i| (isa, i))) {
+        let (mut c, at, [dk, dv]) = (Backward::new([1, 150, 48, 70], &[0.05], 17), 90, [48, 70]);
+        *match input {
+            0 => &mut c.p.q[at * dk + 37],
+            1 => &mut c.p.k[at * dk + 37],
+            2 => &mut c.p.v[at * dv + 37],
+            _ => &mut c.dout[at * dv + 37],
+        } = f32::INFINITY;
+        let on = |n| Runtime::builder().isa(isa).threads(n).build().expect("a runtime");
+        let (got, want) = (c.run::<f32>(&on(1), None), c.naive());
+        let shared = c.run::<f32>(&on(3), None);
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            let finite = |x: &[f32]| x.iter().map(|x| x.is_finite()).collect::<Vec<_>>();
+            let expected: Vec<_> = want.iter().map(|x| x.is_finite()).collect();
+            assert_eq!(finite(got), expected, "{isa}: gradient {i}, input {input}");
+            let [got, shared]: [Vec<f32>; 2] = [got, &shared[i]].map(|x| {
+                x.iter().zip(&expected).filter(|(_, fine)| **fine).map(|(x, _)| *x).collect()
+            });
+            let want: Vec<f64> = want.iter().copied().filter(|x| x.is_finite()).collect();
+            assert_eq!(bits(&got), bits(&shared), "{isa}: gradient {i}, input {input}");
+            let err = rel_err(&got, &want);
+            assert!(err < F32, "{isa}: gradient {i}, input {input}: off by {err:.2e}");
+        }
+    }
+}
