@@ -198,6 +198,8 @@ impl<L: Lanes, E: Element, C: Convert> Sink<L> for Narrow<'_, E, C> {
                     let (out, _) = l.split_mut(out);
                     *<&mut [L::F; V]>::try_from(out).expect("V vectors") = row;
                 }
+                // The same, but for a length that the compiler knows.
+                _ if width == V * L::N => narrow(l, convert, &row, &mut rows[r][..V * L::N]),
                 _ => narrow(l, convert, &row, &mut *rows[r]),
             }
         });

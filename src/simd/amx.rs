@@ -180,6 +180,64 @@ pub unsafe fn accumulate<const R: usize, const C: usize>(
     }
 }
 
+/// [`accumulate`] with two by two tiles of operands in two parts: their products but for that of the second ones, every
+/// tile loaded once.
+///
+/// # Safety
+/// As for [`accumulate`], for both parts of both operands.
+#[inline(always)]
+pub unsafe fn accumulate_split(
+    [a, a_rest]: [*const bf16; 2],
+    stride: usize,
+    [b, b_rest]: [*const bf16; 2],
+    steps: usize,
+) {
+    // SAFETY: as for this function.
+    unsafe {
+        asm!(
+            "2:",
+            "tileloadd tmm6, [{b} + {t}]",
+            "tileloadd tmm4, [{ar} + {s}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {t} + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{ar_below} + {s}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm4, [{a} + {s}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a_below} + {s}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tileloadd tmm6, [{br} + {t}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{br} + {t} + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a}, 64",
+            "add {a_below}, 64",
+            "add {ar}, 64",
+            "add {ar_below}, 64",
+            "add {b}, 2048",
+            "add {br}, 2048",
+            "dec {n}",
+            "jnz 2b",
+            a = inout(reg) a => _,
+            a_below = inout(reg) a.wrapping_byte_add(16 * stride) => _,
+            ar = inout(reg) a_rest => _,
+            ar_below = inout(reg) a_rest.wrapping_byte_add(16 * stride) => _,
+            s = in(reg) stride,
+            b = inout(reg) b => _,
+            br = inout(reg) b_rest => _,
+            t = in(reg) 128usize,
+            n = inout(reg) steps => _,
+            options(nostack, readonly)
+        );
+    }
+}
+
 /// Writes `R` by `C` tiles of sums as rows 128 bytes apart.
 ///
 /// # Safety

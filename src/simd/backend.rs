@@ -9,7 +9,7 @@ use super::convert::{Convert, Generic};
 #[cfg(target_arch = "aarch64")]
 use super::convert_arm::NeonSteps;
 #[cfg(target_arch = "x86_64")]
-use super::convert_x86::{Avx512Steps, F16c};
+use super::convert_x86::{Avx512Bf16Steps, Avx512Steps, F16c};
 use super::isa::Isa;
 use super::lanes::Lanes;
 use super::lanes_portable::Portable as PortableLanes;
@@ -58,7 +58,7 @@ pub trait Backend: Copy + Send + Sync + 'static {
     /// Its conversions between element types.
     type C: Convert;
     /// The backend of the same vectors that all engines of the instruction set share.
-    type V: Backend<L = Self::L, C = Self::C, V = Self::V>;
+    type V: Backend<L = Self::L, V = Self::V>;
     /// The instruction set.
     const ISA: Isa;
     /// The printable name, `arch-type-variant`.
@@ -234,7 +234,7 @@ pulp_backend!(
 pulp_backend!(
     /// AMX with operands rounded to `bf16`: 32 x 32 sums in four tiles. Scores that feed an exponential are split.
     AmxBf16, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16-amx-32x32",
-    convert: Avx512Steps x 16,
+    convert: Avx512Bf16Steps x 16,
     vectors: Avx512, plain: Fma<Self::L, 12, 2>, tiles: Amx<1> = Amx(()), scores: Amx<2> = Amx(()),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );
@@ -243,7 +243,7 @@ pulp_backend!(
 pulp_backend!(
     /// AMX with operands split into two `bf16` each; scores that feed an exponential in `f32`.
     AmxBf16x3, pulp::x86::V4, Isa::Amx, super::amx::permitted(), "x86_64-bf16x3-amx-32x32",
-    convert: Avx512Steps x 16,
+    convert: Avx512Bf16Steps x 16,
     vectors: Avx512, plain: Fma<Self::L, 12, 2>, tiles: Amx<2> = Amx(()), scores: Self::F = Fma(PhantomData),
     features: "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,bmi1,bmi2,fma,lzcnt,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
 );

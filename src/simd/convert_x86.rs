@@ -1,9 +1,11 @@
 //! Conversions with AVX2 and F16C, and with AVX-512.
 //!
-//! `bf16` is rounded with integers: the instruction for it (`vcvtneps2bf16`) takes subnormal numbers for zero.
+//! The instruction that rounds to `bf16` (`vcvtneps2bf16`) takes subnormal numbers for zero: vectors with any of them, and
+//! all vectors where it is missing, are rounded with integers.
 
 use super::convert::Step;
 use bytemuck::cast;
+use core::arch::asm;
 use core::arch::x86_64::{
     __m128i, __m256, __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_FROUND_NO_EXC,
     _MM_FROUND_TO_NEAREST_INT, _mm256_cvtph_ps, _mm256_cvtps_ph,
@@ -99,5 +101,58 @@ impl Step<16> for Avx512Steps {
     fn narrow_f16(self, src: &[f32; 16], dst: &mut [f16; 16]) {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         *dst = cast(self.0.avx512f._mm512_cvtps_ph::<NEAREST>(cast(*src)));
+    }
+}
+
+/// The same, with the instruction that rounds to `bf16`.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512Bf16Steps(Avx512Steps);
+
+impl Avx512Bf16Steps {
+    /// # Safety
+    /// The machine has AVX-512-BF16 besides what the token stands for.
+    #[inline(always)]
+    pub(super) unsafe fn new_unchecked(token: V4) -> Self {
+        Self(Avx512Steps(token))
+    }
+}
+
+/// In assembly, because kernels for vectors are compiled without AVX-512-BF16.
+///
+/// # Safety
+/// The machine has AVX-512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn rounded(x: __m512) -> __m256i {
+    let y: __m256i;
+    // SAFETY: as for this function.
+    unsafe {
+        asm!("vcvtneps2bf16 {}, {}", out(ymm_reg) y, in(zmm_reg) x, options(pure, nomem, nostack, preserves_flags));
+    }
+    y
+}
+
+impl Step<16> for Avx512Bf16Steps {
+    #[inline(always)]
+    fn widen_bf16(self, src: &[bf16; 16], dst: &mut [f32; 16]) {
+        self.0.widen_bf16(src, dst);
+    }
+    #[inline(always)]
+    fn narrow_bf16(self, src: &[f32; 16], dst: &mut [bf16; 16]) {
+        const SUBNORMAL: i32 = 1 << 5;
+        let x: __m512 = cast(*src);
+        if self.0.0.avx512dq._mm512_fpclass_ps_mask::<SUBNORMAL>(x) != 0 {
+            return self.0.narrow_bf16(src, dst);
+        }
+        // SAFETY: a value of this type exists only if the machine has the instruction.
+        *dst = cast(unsafe { rounded(x) });
+    }
+    #[inline(always)]
+    fn widen_f16(self, src: &[f16; 16], dst: &mut [f32; 16]) {
+        self.0.widen_f16(src, dst);
+    }
+    #[inline(always)]
+    fn narrow_f16(self, src: &[f32; 16], dst: &mut [f16; 16]) {
+        self.0.narrow_f16(src, dst);
     }
 }

@@ -23,6 +23,8 @@ pub mod tiles;
 pub mod tiles_amx;
 #[cfg(target_arch = "x86_64")]
 mod tiles_amx_pack;
+#[cfg(target_arch = "x86_64")]
+mod tiles_amx_parts;
 pub mod tiles_f32;
 mod tiles_f32_loop;
 mod tiles_f32_pack;

@@ -12,7 +12,8 @@ use super::lanes::Lanes;
 use super::lanes_pulp::Pulp;
 use super::storage::Storage;
 use super::tiles::{Left, Order, PANEL, Product, Right, Sink, Source, Term, Tiles};
-use super::tiles_amx_pack::{self as pack, Planes, Rows};
+use super::tiles_amx_pack::{Form, Packing, Planes, Rows};
+use super::tiles_amx_parts::STEP;
 use core::mem::MaybeUninit;
 use half::bf16;
 
@@ -26,8 +27,6 @@ pub struct Amx<const PARTS: usize>(pub(super) ());
 
 /// Rows and columns of a tile.
 const TILE: usize = 16;
-/// Steps of the shared dimension that one instruction takes.
-const STEP: usize = 32;
 
 /// Two tiles by two tiles of sums, as `tilestored` leaves them.
 #[repr(C, align(64))]
@@ -233,12 +232,19 @@ unsafe fn sum<const PARTS: usize, const R: usize, const C: usize>(s: Strip, to: 
     // SAFETY: as for this function.
     unsafe {
         amx::zero();
-        if s.steps > 0 {
-            if PARTS == 2 {
-                amx::accumulate::<R, C>(s.a.add(s.a_plane), s.a_stride, s.b, s.steps);
-                amx::accumulate::<R, C>(s.a, s.a_stride, s.b.add(s.b_plane), s.steps);
+        let [a_rest, b_rest] = [s.a.wrapping_add(s.a_plane), s.b.wrapping_add(s.b_plane)];
+        match (PARTS, R, C) {
+            _ if s.steps == 0 => {}
+            (2, 2, 2) => {
+                amx::accumulate_split([s.a, a_rest], s.a_stride, [s.b, b_rest], s.steps);
             }
-            amx::accumulate::<R, C>(s.a, s.a_stride, s.b, s.steps);
+            _ => {
+                if PARTS == 2 {
+                    amx::accumulate::<R, C>(a_rest, s.a_stride, s.b, s.steps);
+                    amx::accumulate::<R, C>(s.a, s.a_stride, b_rest, s.steps);
+                }
+                amx::accumulate::<R, C>(s.a, s.a_stride, s.b, s.steps);
+            }
         }
         amx::store::<R, C>(to);
     }
@@ -304,16 +310,13 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
         for j in (0..n).step_by(PANEL) {
             let dst = Planes { data: &mut dst[j / PANEL * step..][..step], plane };
             let size = [k, PANEL.min(n - j)];
-            match src.columns(j) {
-                Source::Rows(data, stride) => {
-                    // SAFETY: a value of `Amx` proves the instructions.
-                    unsafe { pack::pairs::<E, PARTS>(Rows { data, stride }, size, dst) }
-                }
-                Source::Columns(data, stride) => {
-                    // SAFETY: as above.
-                    unsafe { pack::columns::<E, PARTS>(Rows { data, stride }, size, dst) }
-                }
-            }
+            let (form, src) = match src.columns(j) {
+                Source::Rows(data, stride) => (Form::Pairs, Rows { data, stride }),
+                Source::Columns(data, stride) => (Form::Columns, Rows { data, stride }),
+            };
+            let panel = Packing { src, weights: None, size, dst };
+            // SAFETY: a value of `Amx` proves the instructions.
+            unsafe { panel.write::<PARTS>(form) };
         }
     }
 
@@ -346,20 +349,14 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
         let stride = k.next_multiple_of(STEP);
         let plane = m.next_multiple_of(TILE) * stride;
         let data = &mut dst[..PARTS * plane];
-        let planes = Planes { data: &mut *data, plane };
-        let (data_in, size) = (src.data, [m, k]);
-        match src.order {
-            Order::Rows(s) => {
-                let rows = Rows { data: data_in, stride: s };
-                // SAFETY: a value of `Amx` proves the instructions.
-                unsafe { pack::rows::<E, PARTS>(rows, weights, size, planes) }
-            }
-            Order::Columns(s) => {
-                let rows = Rows { data: data_in, stride: s };
-                // SAFETY: as above.
-                unsafe { pack::transposed::<E, PARTS>(rows, weights, size, planes) }
-            }
-        }
+        let (form, distance) = match src.order {
+            Order::Rows(s) => (Form::Rows, s),
+            Order::Columns(s) => (Form::Transposed, s),
+        };
+        let src = Rows { data: src.data, stride: distance };
+        let dst = Planes { data: &mut *data, plane };
+        // SAFETY: a value of `Amx` proves the instructions.
+        unsafe { Packing { src, weights, size: [m, k], dst }.write::<PARTS>(form) };
         Left { data, order: Order::Rows(stride), plane }
     }
 
@@ -374,10 +371,11 @@ impl<const PARTS: usize> Tiles for Amx<PARTS> {
     ) -> Right<'a, bf16> {
         let Right { step, plane, .. } = Self::right(&[], k);
         for j in (0..n).step_by(PANEL) {
-            let rows = Rows { data: &src[j * k..], stride: PANEL };
+            let src = Rows { data: &src[j * k..], stride: PANEL };
             let dst = Planes { data: &mut dst[j / PANEL * step..][..step], plane };
+            let panel = Packing { src, weights: None, size: [k, PANEL], dst };
             // SAFETY: a value of `Amx` proves the instructions.
-            unsafe { pack::pairs::<f32, PARTS>(rows, [k, PANEL], dst) };
+            unsafe { panel.write::<PARTS>(Form::Pairs) };
         }
         Self::right(dst, k)
     }

@@ -1,9 +1,11 @@
 //! Operands of the AMX engine: elements rounded to `bf16`, or split into two, in the order that tiles are loaded.
 //!
-//! Everything here is compiled for the instructions that it names; callers hold a value that proves them.
+//! [`Packing::write`] is compiled for the instructions that it names, and everything else here inlines into it: its
+//! callers hold a value that proves them, and it has checked that the operand and its place are as large as they say.
 
 use super::convert::Generic;
 use super::storage::Storage;
+use super::tiles_amx_parts::{N, Rounding, STEP, exact, transpose, turns, widened};
 use core::arch::x86_64::*;
 use half::bf16;
 
@@ -24,330 +26,374 @@ pub struct Planes<'a> {
     pub plane: usize,
 }
 
-/// Lanes of `f32`.
-const N: usize = 16;
+/// How an operand is packed.
+#[derive(Clone, Copy)]
+pub enum Form {
+    /// A panel of 32 columns with interleaved row pairs, from `k` rows of `width` columns.
+    Pairs,
+    /// The same panel from up to 32 columns of `k` elements, each a row of the source.
+    Columns,
+    /// `m` rows of `k` elements, padded to whole steps.
+    Rows,
+    /// Those rows where element `(i, p)` is column `i` of source row `p`.
+    Transposed,
+}
+
+/// An operand, and where it goes.
+pub struct Packing<'a, E> {
+    /// Its elements.
+    pub src: Rows<'a, E>,
+    /// One factor per step of the shared dimension, for left operands.
+    pub weights: Option<&'a [f32]>,
+    /// `k` and `width` of a panel, `m` and `k` of rows.
+    pub size: [usize; 2],
+    /// Its place.
+    pub dst: Planes<'a>,
+}
 
 impl<E: Storage> Rows<'_, E> {
-    /// The first 32 columns of a row that has them.
-    #[inline]
-    fn whole(&self, r: usize) -> &[E; 2 * N] {
-        self.data[r * self.stride..].first_chunk().expect("a whole row")
-    }
-
-    /// Columns `at .. at + 16` of row `r`, zeros from column `width` on.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn load(&self, r: usize, at: usize, width: usize) -> __m512 {
-        let have = width.saturating_sub(at).min(N);
+    /// Columns `at .. at + 16` of row `r`: all there if `WHOLE`, else zeros from column `width` on.
+    ///
+    /// # Safety
+    /// They lie in the operand.
+    #[inline(always)]
+    unsafe fn slice<const WHOLE: bool>(&self, r: usize, at: usize, width: usize) -> &[E] {
+        let have = if WHOLE { N } else { width.saturating_sub(at).min(N) };
         if have == 0 {
-            return _mm512_setzero_ps();
+            return &[];
         }
-        let s = &self.data[r * self.stride + at..][..have];
-        if let Some(s) = E::as_f32(s) {
-            // SAFETY: the mask keeps to the `have` elements of `s`.
-            return unsafe { _mm512_maskz_loadu_ps((u32::MAX >> (32 - have)) as u16, s.as_ptr()) };
-        }
-        if let Some(s) = E::as_bf16(s) {
-            return _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half(s))));
-        }
-        let mut x = [0.0; N];
-        E::widen(Generic, s, &mut x[..have]);
-        // SAFETY: sixteen elements.
-        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        // SAFETY: as for this function.
+        unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(r * self.stride + at), have) }
     }
 
-    /// The parts of columns `at .. at + 32` of row `r`, zeros from column `width` on.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn row<const PARTS: usize>(&self, r: usize, at: usize, width: usize) -> [__m512i; PARTS] {
-        let have = width.saturating_sub(at).min(2 * N);
-        let s = &self.data[r * self.stride + at..][..have];
-        match E::as_bf16(s) {
-            Some(s) if have == 2 * N => {
-                // SAFETY: 32 elements of two bytes.
-                exact(unsafe { _mm512_loadu_si512(s.as_ptr().cast()) })
+    /// The same in `f32`.
+    ///
+    /// # Safety
+    /// As for [`slice`](Self::slice).
+    #[inline(always)]
+    unsafe fn load<const WHOLE: bool>(&self, r: usize, at: usize, width: usize) -> __m512 {
+        // SAFETY: as for this function; masks keep to the elements of `s`.
+        unsafe {
+            let s = self.slice::<WHOLE>(r, at, width);
+            if let Some(s) = E::as_f32(s) {
+                return _mm512_maskz_loadu_ps(first(s.len()), s.as_ptr());
             }
-            _ => parts(self.load(r, at, width), self.load(r, at + N, width)),
+            let mut x = [0.0; N];
+            E::widen(Generic, s, &mut x[..s.len()]);
+            _mm512_loadu_ps(x.as_ptr())
         }
     }
 
-    /// The parts of columns `at .. at + 16` of rows `r` and `r + 1`, in turn; zeros from row `k` and column `width` on.
-    #[inline]
+    /// The same as it is, of an operand in `bf16`.
+    ///
+    /// # Safety
+    /// As for [`slice`](Self::slice).
+    #[inline(always)]
+    unsafe fn bits<const WHOLE: bool>(&self, r: usize, at: usize, width: usize) -> Option<__m256i> {
+        // SAFETY: as for this function; the mask keeps to the elements of `s`.
+        unsafe {
+            let s = E::as_bf16(self.slice::<WHOLE>(r, at, width))?;
+            Some(_mm256_maskz_loadu_epi16(first(s.len()), s.as_ptr().cast()))
+        }
+    }
+}
+
+/// A mask of the first `n` lanes of 16.
+#[inline(always)]
+fn first(n: usize) -> u16 {
+    (0xffff_u32 >> (N - n)) as u16
+}
+
+impl<E: Storage> Packing<'_, E> {
+    /// Rounds or splits the operand.
+    ///
+    /// # Panics
+    /// If the operand or its place is too short.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pair<const PARTS: usize>(
+    pub fn write<const PARTS: usize>(mut self, form: Form) {
+        self.check(form, PARTS);
+        // SAFETY: checked, and compiled for the instructions.
+        unsafe {
+            let mut quick = Rounding::<false>::new();
+            self.pass::<PARTS, false>(form, &mut quick);
+            if !quick.all_finite() {
+                self.pass::<PARTS, true>(form, &mut Rounding::new());
+            }
+        }
+    }
+
+    fn check(&self, form: Form, parts: usize) {
+        let Self { src, weights, size: [a, b], dst } = self;
+        // Rows of the source and their width, elements of one part, and factors.
+        let (rows, width, one, factors) = match form {
+            Form::Pairs => (*a, *b, a.next_multiple_of(STEP) * STEP, *a),
+            Form::Columns => (*b, *a, a.next_multiple_of(STEP) * STEP, *a),
+            Form::Rows => (*a, *b, a * b.next_multiple_of(STEP), *b),
+            Form::Transposed => (*b, *a, a.next_multiple_of(N) * b.next_multiple_of(STEP), *b),
+        };
+        let last =
+            rows.saturating_sub(1).checked_mul(src.stride).and_then(|n| n.checked_add(width));
+        let whole = rows == 0 || width == 0 || last.is_some_and(|n| n <= src.data.len());
+        assert!(whole, "operand too short");
+        assert!((parts - 1) * dst.plane + one <= dst.data.len(), "no room for an operand");
+        assert!(weights.is_none_or(|w| w.len() >= factors), "too few factors");
+        let panel = matches!(form, Form::Pairs | Form::Columns);
+        assert!(!panel || (b <= &STEP && weights.is_none()), "not a panel");
+    }
+
+    #[inline(always)]
+    unsafe fn pass<const PARTS: usize, const CAREFUL: bool>(
+        &mut self,
+        form: Form,
+        rounding: &mut Rounding<CAREFUL>,
+    ) {
+        // SAFETY: `write` has checked.
+        unsafe {
+            match form {
+                Form::Pairs => self.pairs::<PARTS, CAREFUL>(rounding),
+                Form::Columns => self.columns::<PARTS, CAREFUL>(rounding),
+                Form::Rows => self.rows::<PARTS, CAREFUL>(rounding),
+                Form::Transposed => self.transposed::<PARTS, CAREFUL>(rounding),
+            }
+        }
+    }
+
+    /// The parts of columns `at .. at + 16` of source rows `r` and `r + 1`, in turn: all there if `WHOLE`, else zeros from
+    /// row `k` and column `width` on.
+    #[inline(always)]
+    unsafe fn pair<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
         &self,
-        r: usize,
-        k: usize,
-        at: usize,
-        width: usize,
-        weights: Option<&[f32]>,
+        rounding: &mut Rounding<CAREFUL>,
+        [r, k]: [usize; 2],
+        [at, width]: [usize; 2],
     ) -> [__m512i; PARTS] {
-        if r + 1 < k && at + N <= width && weights.is_none() {
-            let below = E::as_bf16(&self.data[(r + 1) * self.stride + at..][..N]);
-            let here = E::as_bf16(&self.data[r * self.stride + at..][..N]);
-            if let (Some(here), Some(below)) = (here, below) {
-                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(here)), half(below));
-                return exact(turns(both));
-            }
-        }
-        let row = |r: usize| {
-            if r >= k {
-                return _mm512_setzero_ps();
-            }
-            let x = self.load(r, at, width);
-            weights.map_or(x, |w| _mm512_mul_ps(x, _mm512_set1_ps(w[r])))
-        };
-        let mut x = parts::<PARTS>(row(r), row(r + 1));
-        for x in &mut x {
-            *x = turns(*x);
-        }
-        x
-    }
-}
-
-/// Up to sixteen elements, zeros behind.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn half(s: &[bf16]) -> __m256i {
-    let mask = (u32::MAX >> (32 - s.len().clamp(1, N))) as u16;
-    // SAFETY: the mask keeps to the elements of `s`.
-    unsafe { _mm256_maskz_loadu_epi16(if s.is_empty() { 0 } else { mask }, s.as_ptr().cast()) }
-}
-
-/// Sixteen of 32 elements.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn half_of(x: &[bf16], which: usize) -> __m256i {
-    let x = &x[which * N..][..N];
-    // SAFETY: sixteen elements of two bytes.
-    unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
-}
-
-/// Sixteen of 32 elements, in `f32`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn vector_of<E: Storage>(x: &[E; 2 * N], which: usize) -> __m512 {
-    Rows { data: &x[which * N..], stride: 0 }.load(0, 0, N)
-}
-
-/// What is `bf16` already has no second part.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn exact<const PARTS: usize>(x: __m512i) -> [__m512i; PARTS] {
-    let mut all = [_mm512_setzero_si512(); PARTS];
-    all[0] = x;
-    all
-}
-
-/// The parts of two vectors, one after the other.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn parts<const PARTS: usize>(x0: __m512, x1: __m512) -> [__m512i; PARTS] {
-    let hi = round(x0, x1);
-    let mut all = [hi; PARTS];
-    if PARTS == 2 {
-        let low = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(hi)));
-        let high =
-            _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(hi)));
-        all[1] = round(rest(x0, low), rest(x1, high));
-    }
-    all
-}
-
-/// Two vectors rounded, the first in the lower half. What is finite stays finite: an infinity that was none would meet
-/// zeros of the other operand.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
-fn round(x0: __m512, x1: __m512) -> __m512i {
-    let most = _mm512_set1_ps(f32::from_bits(0x7f7f_0000));
-    let large = |x: __m512| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_abs_ps(x), most);
-    let (mut x0, mut x1) = (x0, x1);
-    if large(x0) | large(x1) != 0 {
-        let infinity = _mm512_set1_ps(f32::INFINITY);
-        let capped = |x: __m512| {
-            let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(x), infinity);
-            let least = _mm512_xor_ps(most, _mm512_set1_ps(-0.0));
-            _mm512_mask_max_ps(x, finite, _mm512_min_ps(x, most), least)
-        };
-        (x0, x1) = (capped(x0), capped(x1));
-    }
-    // SAFETY: both types are 64 plain bytes.
-    unsafe { core::mem::transmute(_mm512_cvtne2ps_pbh(x1, x0)) }
-}
-
-/// What rounding took off; nothing where the first part is not finite.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn rest(x: __m512, bits: __m512i) -> __m512 {
-    let d = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
-    let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(d), _mm512_set1_ps(f32::INFINITY));
-    _mm512_maskz_mov_ps(finite, d)
-}
-
-/// The elements of both halves in turn.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn turns(x: __m512i) -> __m512i {
-    let order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0,
-    );
-    _mm512_permutexvar_epi16(order, x)
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store(dst: &mut [bf16], x: __m512i) {
-    let dst = &mut dst[..2 * N];
-    // SAFETY: 32 elements of two bytes.
-    unsafe { _mm512_storeu_si512(dst.as_mut_ptr().cast(), x) }
-}
-
-/// Transposes 16 x 16 blocks of 32 bits.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose(x: [__m512i; N]) -> [__m512i; N] {
-    let (mut a, mut b) = (x, x);
-    for i in 0..8 {
-        a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-    for i in 0..4 {
-        for h in 0..2 {
-            b[4 * i + 2 * h] = _mm512_unpacklo_epi64(a[4 * i + h], a[4 * i + h + 2]);
-            b[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(a[4 * i + h], a[4 * i + h + 2]);
-        }
-    }
-    // Of four rows each, b[4 i + c] holds column c of every fourth.
-    for i in 0..4 {
-        a[i] = _mm512_shuffle_i32x4::<0x88>(b[i], b[4 + i]);
-        a[4 + i] = _mm512_shuffle_i32x4::<0xdd>(b[i], b[4 + i]);
-        a[8 + i] = _mm512_shuffle_i32x4::<0x88>(b[8 + i], b[12 + i]);
-        a[12 + i] = _mm512_shuffle_i32x4::<0xdd>(b[8 + i], b[12 + i]);
-    }
-    for i in 0..4 {
-        b[i] = _mm512_shuffle_i32x4::<0x88>(a[i], a[8 + i]);
-        b[8 + i] = _mm512_shuffle_i32x4::<0xdd>(a[i], a[8 + i]);
-        b[4 + i] = _mm512_shuffle_i32x4::<0x88>(a[4 + i], a[12 + i]);
-        b[12 + i] = _mm512_shuffle_i32x4::<0xdd>(a[4 + i], a[12 + i]);
-    }
-    b
-}
-
-/// A panel of 32 columns with interleaved row pairs from `k` rows of `width` columns.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn pairs<E: Storage, const PARTS: usize>(
-    src: Rows<'_, E>,
-    [k, width]: [usize; 2],
-    dst: Planes<'_>,
-) {
-    let whole = if width == 2 * N { k / 2 * 2 } else { 0 };
-    let (one, two) = dst.data.split_at_mut(if PARTS == 2 { dst.plane } else { dst.data.len() });
-    for p in (0..whole).step_by(2) {
-        let (a, b) = (src.whole(p), src.whole(p + 1));
-        let first = &mut one[p * 2 * N..][..4 * N];
-        for half in 0..2 {
-            let x = match (E::as_bf16(a), E::as_bf16(b)) {
-                (Some(a), Some(b)) => {
-                    let [a, b] = [a, b].map(|x| half_of(x, half));
-                    exact::<PARTS>(turns(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b)))
-                }
-                _ => {
-                    let mut x = parts::<PARTS>(vector_of(a, half), vector_of(b, half));
-                    for x in &mut x {
-                        *x = turns(*x);
+        // SAFETY: `write` has checked that the rows before `k`, and factors for them, are there.
+        unsafe {
+            let there = [WHOLE || r < k, WHOLE || r + 1 < k];
+            let mut x = [_mm512_setzero_ps(); 2];
+            if E::as_bf16(&[]).is_some() {
+                let mut rows = [_mm256_setzero_si256(); 2];
+                for i in 0..2 {
+                    if there[i]
+                        && let Some(bits) = self.src.bits::<WHOLE>(r + i, at, width)
+                    {
+                        rows[i] = bits;
                     }
-                    x
                 }
-            };
-            store(&mut first[half * 2 * N..], x[0]);
-            if PARTS == 2 {
-                store(&mut two[p * 2 * N + half * 2 * N..], x[PARTS - 1]);
+                let lower = _mm512_castsi256_si512(rows[0]);
+                let pair = turns(_mm512_inserti64x4::<1>(lower, rows[1]));
+                if self.weights.is_none() {
+                    return exact(pair);
+                }
+                x = widened(pair);
+            } else {
+                for i in 0..2 {
+                    if there[i] {
+                        x[i] = self.src.load::<WHOLE>(r + i, at, width);
+                    }
+                }
             }
+            if let Some(w) = self.weights {
+                for i in 0..2 {
+                    if there[i] {
+                        x[i] = _mm512_mul_ps(x[i], _mm512_set1_ps(*w.as_ptr().add(r + i)));
+                    }
+                }
+            }
+            rounding.in_turn(x)
         }
     }
-    for p in (whole..k.next_multiple_of(2 * N)).step_by(2) {
-        for half in 0..2 {
-            let x = src.pair::<PARTS>(p, k, half * N, width, None);
-            for part in 0..PARTS {
-                store(&mut dst.data[part * dst.plane + p * 2 * N + half * 2 * N..], x[part]);
-            }
-        }
-    }
-}
 
-/// A panel as [`pairs`] makes it from up to 32 columns of `k` elements, each a row of `src`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn columns<E: Storage, const PARTS: usize>(
-    src: Rows<'_, E>,
-    [k, width]: [usize; 2],
-    dst: Planes<'_>,
-) {
-    for half in 0..2 {
-        for p in (0..k).step_by(2 * N) {
+    /// The parts of columns `at .. at + 32` of source row `r`: all there if `WHOLE`, else zeros from column `width` on.
+    #[inline(always)]
+    unsafe fn line<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
+        &self,
+        rounding: &mut Rounding<CAREFUL>,
+        r: usize,
+        [at, width]: [usize; 2],
+    ) -> [__m512i; PARTS] {
+        // SAFETY: `write` has checked that the columns before `width`, and factors for them, are there.
+        unsafe {
+            let (src, at) = (self.src, [at, at + N]);
+            let mut x = [_mm512_setzero_ps(); 2];
+            if E::as_bf16(&[]).is_some() {
+                let mut bits = [_mm256_setzero_si256(); 2];
+                for i in 0..2 {
+                    if let Some(x) = src.bits::<WHOLE>(r, at[i], width) {
+                        bits[i] = x;
+                    }
+                }
+                if self.weights.is_none() {
+                    return exact(_mm512_inserti64x4::<1>(
+                        _mm512_castsi256_si512(bits[0]),
+                        bits[1],
+                    ));
+                }
+                for i in 0..2 {
+                    let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits[i]));
+                    x[i] = _mm512_castsi512_ps(wide);
+                }
+            } else {
+                for i in 0..2 {
+                    x[i] = src.load::<WHOLE>(r, at[i], width);
+                }
+            }
+            if let Some(data) = self.weights {
+                let w = Rows { data, stride: 0 };
+                for i in 0..2 {
+                    x[i] = _mm512_mul_ps(x[i], w.load::<WHOLE>(0, at[i], width));
+                }
+            }
+            rounding.in_line(x)
+        }
+    }
+
+    /// Puts 32 elements of a part at `at`.
+    #[inline(always)]
+    unsafe fn put(&mut self, part: usize, at: usize, x: __m512i) {
+        // SAFETY: `write` has checked that all of the operand has room.
+        unsafe {
+            let to = self.dst.data.as_mut_ptr().add(part * self.dst.plane + at);
+            _mm512_storeu_si512(to.cast(), x);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs<const PARTS: usize, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+    ) {
+        let [k, width] = self.size;
+        let whole = if CAREFUL || width < STEP { 0 } else { k / 2 * 2 };
+        // SAFETY: as for `pair` and `put`.
+        unsafe {
+            for p in (0..whole).step_by(2) {
+                for half in [0, N] {
+                    let x = self.pair::<PARTS, true, CAREFUL>(rounding, [p, k], [half, width]);
+                    for part in 0..PARTS {
+                        self.put(part, p * STEP + 2 * half, x[part]);
+                    }
+                }
+            }
+            for p in (whole..k.next_multiple_of(STEP)).step_by(2) {
+                for half in [0, N] {
+                    let x = self.pair::<PARTS, false, CAREFUL>(rounding, [p, k], [half, width]);
+                    for part in 0..PARTS {
+                        self.put(part, p * STEP + 2 * half, x[part]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows<const PARTS: usize, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+    ) {
+        let [m, k] = self.size;
+        let stride = k.next_multiple_of(STEP);
+        for i in 0..m {
+            for p in (0..k).step_by(STEP) {
+                // SAFETY: as for `line` and `put`.
+                unsafe {
+                    let x = if !CAREFUL && p + STEP <= k {
+                        self.line::<PARTS, true, CAREFUL>(rounding, i, [p, k])
+                    } else {
+                        self.line::<PARTS, false, CAREFUL>(rounding, i, [p, k])
+                    };
+                    for part in 0..PARTS {
+                        self.put(part, i * stride + p, x[part]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<const PARTS: usize, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+    ) {
+        let [k, width] = self.size;
+        for half in [0, N] {
+            for p in (0..k).step_by(STEP) {
+                // SAFETY: as for `column_block`.
+                unsafe {
+                    if !CAREFUL && half + N <= width && p + STEP <= k {
+                        self.column_block::<PARTS, true, CAREFUL>(rounding, half, p);
+                    } else {
+                        self.column_block::<PARTS, false, CAREFUL>(rounding, half, p);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Steps `p .. p + 32` of sixteen columns.
+    #[inline(always)]
+    unsafe fn column_block<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+        half: usize,
+        p: usize,
+    ) {
+        let [k, width] = self.size;
+        // SAFETY: as for `line` and `put`.
+        unsafe {
             let mut x = [[_mm512_setzero_si512(); N]; PARTS];
             for c in 0..N {
-                if half * N + c < width {
-                    let row = src.row::<PARTS>(half * N + c, p, k);
+                if WHOLE || half + c < width {
+                    let line = self.line::<PARTS, WHOLE, CAREFUL>(rounding, half + c, [p, k]);
                     for part in 0..PARTS {
-                        x[part][c] = row[part];
+                        x[part][c] = line[part];
                     }
                 }
             }
             for part in 0..PARTS {
                 let x = transpose(x[part]);
                 for r in 0..N {
-                    store(
-                        &mut dst.data[part * dst.plane + (p + 2 * r) * 2 * N + half * 2 * N..],
-                        x[r],
-                    );
+                    self.put(part, (p + 2 * r) * STEP + 2 * half, x[r]);
                 }
             }
         }
     }
-}
 
-/// Rows padded to whole steps, weighted by column.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn rows<E: Storage, const PARTS: usize>(
-    src: Rows<'_, E>,
-    weights: Option<&[f32]>,
-    [m, k]: [usize; 2],
-    dst: Planes<'_>,
-) {
-    let stride = k.next_multiple_of(2 * N);
-    for i in 0..m {
-        for p in (0..k).step_by(2 * N) {
-            let x = match weights {
-                None => src.row::<PARTS>(i, p, k),
-                Some(data) => {
-                    let w = Rows { data, stride: 0 };
-                    let [x, y] =
-                        [p, p + N].map(|p| _mm512_mul_ps(src.load(i, p, k), w.load(0, p, k)));
-                    parts(x, y)
+    #[inline(always)]
+    unsafe fn transposed<const PARTS: usize, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+    ) {
+        let [m, k] = self.size;
+        for i in (0..m).step_by(N) {
+            for p in (0..k).step_by(STEP) {
+                // SAFETY: as for `transposed_block`.
+                unsafe {
+                    if !CAREFUL && i + N <= m && p + STEP <= k {
+                        self.transposed_block::<PARTS, true, CAREFUL>(rounding, i, p);
+                    } else {
+                        self.transposed_block::<PARTS, false, CAREFUL>(rounding, i, p);
+                    }
                 }
-            };
-            for part in 0..PARTS {
-                store(&mut dst.data[part * dst.plane + i * stride + p..], x[part]);
             }
         }
     }
-}
 
-/// Rows of the transpose: element `(i, p)` is column `i` of source row `p`, times `weights[p]`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub fn transposed<E: Storage, const PARTS: usize>(
-    src: Rows<'_, E>,
-    weights: Option<&[f32]>,
-    [m, k]: [usize; 2],
-    dst: Planes<'_>,
-) {
-    let stride = k.next_multiple_of(2 * N);
-    for i in (0..m).step_by(N) {
-        for p in (0..k).step_by(2 * N) {
+    /// Steps `p .. p + 32` of rows `i .. i + 16`.
+    #[inline(always)]
+    unsafe fn transposed_block<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+        i: usize,
+        p: usize,
+    ) {
+        let [m, k] = self.size;
+        let stride = k.next_multiple_of(STEP);
+        // SAFETY: as for `pair` and `put`.
+        unsafe {
             let mut x = [[_mm512_setzero_si512(); N]; PARTS];
             for r in 0..N {
-                let pair = src.pair::<PARTS>(p + 2 * r, k, i, m, weights);
+                let pair = self.pair::<PARTS, WHOLE, CAREFUL>(rounding, [p + 2 * r, k], [i, m]);
                 for part in 0..PARTS {
                     x[part][r] = pair[part];
                 }
@@ -355,7 +401,7 @@ pub fn transposed<E: Storage, const PARTS: usize>(
             for part in 0..PARTS {
                 let x = transpose(x[part]);
                 for c in 0..N {
-                    store(&mut dst.data[part * dst.plane + (i + c) * stride + p..], x[c]);
+                    self.put(part, (i + c) * stride + p, x[c]);
                 }
             }
         }

@@ -107,6 +107,21 @@ pub unsafe fn accumulate<const R: usize, const C: usize>(
     });
 }
 
+pub unsafe fn accumulate_split(
+    [a, a_rest]: [*const bf16; 2],
+    stride: usize,
+    [b, b_rest]: [*const bf16; 2],
+    steps: usize,
+) {
+    assert!(steps > 0, "a loop that counts down to zero");
+    for step in 0..steps {
+        for (a, b) in [(a_rest, b), (a, b), (a, b_rest)] {
+            // SAFETY: the caller's promise.
+            unsafe { accumulate::<2, 2>(a.add(32 * step), stride, b.add(1024 * step), 1) };
+        }
+    }
+}
+
 pub unsafe fn store<const R: usize, const C: usize>(to: *mut f32) {
     with_sums(|t| {
         for r in 0..R {

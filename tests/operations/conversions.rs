@@ -1,6 +1,6 @@
-//! The conversions of every instruction set, bit for bit against those that any target has, and those against `half`.
+//! The conversions of every engine, bit for bit against those that any target has, and those against `half`.
 
-use crate::support::{isas, runtime};
+use crate::support::engines;
 use half::{bf16, f16};
 use linattn::simd::convert::{Convert, Generic};
 use linattn::simd::{Backend, Kernel, Task};
@@ -22,7 +22,7 @@ macro_rules! entered {
         impl<E: Element> Task for $type<'_, E> {
             type Output = ();
             fn run<B: Backend>(self, b: B) {
-                b.call(self);
+                b.call_tiles(self);
             }
         }
     };
@@ -107,10 +107,10 @@ fn every_half_widens_alike() {
         let x: Vec<E> = (0..=u16::MAX).map(E::of).collect();
         let mut want = vec![1.5; x.len()];
         E::widen(Generic, &x, &mut want);
-        for isa in isas() {
+        for engine in engines() {
             let mut got = vec![2.5; x.len()];
-            runtime(isa).run(Widen(&x, &mut got));
-            same_wide(&x, &got, &want, isa.name());
+            engine.runtime().run(Widen(&x, &mut got));
+            same_wide(&x, &got, &want, &format!("{engine:?}"));
         }
     }
     check::<bf16>();
@@ -132,10 +132,10 @@ fn edges_narrow_alike() {
     fn check<E: Half>(x: &[f32]) {
         let mut want = vec![E::of(0x1234); x.len()];
         E::narrow(Generic, x, &mut want);
-        for isa in isas() {
+        for engine in engines() {
             let mut got = vec![E::of(0x4321); x.len()];
-            runtime(isa).run(Narrow(x, &mut got));
-            same_half(x, &got, &want, isa.name());
+            engine.runtime().run(Narrow(x, &mut got));
+            same_half(x, &got, &want, &format!("{engine:?}"));
         }
     }
     for low in lower_halves() {
@@ -166,18 +166,18 @@ fn special_values() {
         -2.5,
         0.0,
     ];
-    for isa in isas() {
-        let (rt, mut b, mut h) = (runtime(isa), [bf16::ONE; 16], [f16::ONE; 16]);
+    for engine in engines() {
+        let (rt, mut b, mut h) = (engine.runtime(), [bf16::ONE; 16], [f16::ONE; 16]);
         rt.run(Narrow(&x, &mut b));
         rt.run(Narrow(&x, &mut h));
         let b: Vec<u16> = b.iter().map(|x| x.to_bits()).collect();
         let h: Vec<u16> = h.iter().map(|x| x.to_bits()).collect();
         let nan = |bits: &[u16], exponent: u16| bits[2..5].iter().all(|x| x & 0x7fff > exponent);
-        assert!(nan(&b, 0x7f80) && nan(&h, 0x7c00), "{isa}: {b:04x?}, {h:04x?}");
-        assert_eq!([b[0], b[1], b[5]], [0x7f80, 0xff80, 0x7f80], "{isa}");
-        assert_eq!(b[11..13], [0x0001, 0x8001], "{isa}: subnormal bf16");
-        assert_eq!([h[0], h[1], h[5]], [0x7c00, 0xfc00, 0x7c00], "{isa}");
-        assert_eq!(h[6..13], [0x7bff, 0x7c00, 0x8000, 0x0001, 0, 0, 0x8000], "{isa}");
+        assert!(nan(&b, 0x7f80) && nan(&h, 0x7c00), "{engine:?}: {b:04x?}, {h:04x?}");
+        assert_eq!([b[0], b[1], b[5]], [0x7f80, 0xff80, 0x7f80], "{engine:?}");
+        assert_eq!(b[11..13], [0x0001, 0x8001], "{engine:?}: subnormal bf16");
+        assert_eq!([h[0], h[1], h[5]], [0x7c00, 0xfc00, 0x7c00], "{engine:?}");
+        assert_eq!(h[6..13], [0x7bff, 0x7c00, 0x8000, 0x0001, 0, 0, 0x8000], "{engine:?}");
     }
 }
 
@@ -189,10 +189,10 @@ fn nothing_beyond_the_end_is_touched() {
         let (mut rng, mut x) = (Rng::new(seed), vec![0.0; ROOM]);
         rng.fill_normal(&mut x, 3.0);
         let halves: Vec<E> = x.iter().map(|x| E::from_f32(*x)).collect();
-        for isa in isas() {
-            let rt = runtime(isa);
+        for engine in engines() {
+            let rt = engine.runtime();
             for (len, start) in (0..=70).flat_map(|len| (0..5).map(move |at| (len, at))) {
-                let (end, what) = (start + len, format!("{isa}: {len} from {start}"));
+                let (end, what) = (start + len, format!("{engine:?}: {len} from {start}"));
                 // The source ends where its allocation does.
                 let source = halves[start..end].to_vec();
                 let mut wide = vec![f32::from_bits(0x4b4b_4b4b); ROOM];
@@ -234,21 +234,21 @@ fn the_shorter_slice_rules() {
     impl Task for Both<'_> {
         type Output = ();
         fn run<B: Backend>(self, b: B) {
-            b.call(self);
+            b.call_tiles(self);
         }
     }
-    for isa in isas() {
+    for engine in engines() {
         for (a, b, c) in [(37, 50, 20), (50, 37, 60), (3, 40, 41), (40, 3, 2), (0, 4, 9)] {
             let src = vec![bf16::ONE; a];
             let (mut wide, mut narrow) = (vec![2.0; b], vec![f16::NEG_ONE; c]);
-            runtime(isa).run(Both(&src, &mut wide, &mut narrow));
+            engine.runtime().run(Both(&src, &mut wide, &mut narrow));
             let n = a.min(b);
-            assert!(wide[..n].iter().all(|x| *x == 1.0), "{isa}");
-            assert!(wide[n..].iter().all(|x| *x == 2.0), "{isa}");
+            assert!(wide[..n].iter().all(|x| *x == 1.0), "{engine:?}");
+            assert!(wide[n..].iter().all(|x| *x == 2.0), "{engine:?}");
             for (i, x) in narrow.iter().enumerate() {
                 let want = if i < n { 1.0 } else { 2.0 };
                 let want = if i < b { want } else { -1.0 };
-                assert_eq!(x.to_f32(), want, "{isa}: element {i}");
+                assert_eq!(x.to_f32(), want, "{engine:?}: element {i}");
             }
         }
     }
