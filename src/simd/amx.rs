@@ -36,7 +36,7 @@ pub fn permitted() -> bool {
 
 /// The operand of `ldtilecfg`: palette, start row, bytes per row and rows of every tile.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Config {
     palette: u8,
     start: u8,
@@ -66,23 +66,27 @@ impl Config {
 }
 
 /// The tile configuration of this thread, from creation to drop. What was configured before, by whomever, is
-/// configured again afterwards.
+/// configured again afterwards. Sessions inside of another one leave everything as it is, so that it does not matter
+/// which of those that end together is dropped first.
 #[derive(Debug)]
 pub struct Session {
-    before: Config,
+    /// What is to be configured again.
+    before: Option<Config>,
     /// Tiles belong to a thread.
     here: PhantomData<*const ()>,
 }
 
 impl Session {
     pub(super) fn new<const PARTS: usize>(_: Amx<PARTS>) -> Self {
-        let mut before = Config::NONE;
+        let (mut before, ours) = (Config::NONE, Config::ours());
         // SAFETY: a value of `Amx` proves that the process may use tiles.
         unsafe {
             asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
-            Config::ours().load();
+            if before != ours {
+                ours.load();
+            }
         }
-        Self { before, here: PhantomData }
+        Self { before: (before != ours).then_some(before), here: PhantomData }
     }
 }
 
@@ -90,10 +94,12 @@ impl Drop for Session {
     fn drop(&mut self) {
         // SAFETY: a session proves that the process may use tiles; `before` was a configuration in use.
         unsafe {
-            if self.before.palette == 0 {
-                asm!("tilerelease", options(nostack, nomem));
-            } else {
-                self.before.load();
+            match self.before {
+                None => {}
+                Some(Config { palette: 0, .. }) => {
+                    asm!("tilerelease", options(nostack, nomem));
+                }
+                Some(before) => before.load(),
             }
         }
     }

@@ -4,6 +4,7 @@ use crate::operations::{gradients, random};
 use crate::support::{engines, rel_err, widen};
 use candle_core::{D, DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
+use linattn::Precision;
 use linattn::candle::{GatedLinearAttention, lrpe};
 use linattn::layers::{Activation, GlaConfig};
 use linattn::tensor::Rng;
@@ -118,8 +119,14 @@ impl Layer {
                 (name, rel_err(got, &widen(want)))
             };
             let errors: Vec<_> = names.zip(&got).zip(&want).map(error).collect();
-            let tolerance = engine.bound(3e-6, true);
-            assert!(errors.iter().all(|e| e.1 <= tolerance), "{engine:?}: {errors:?}");
+            // The gradient of angles weighs rows by their positions, and what queries add to it keys mostly take off:
+            // rounded operands leave it twice the error of the others.
+            let rounded = engine.precision != Precision::F32;
+            let most = |name| match name {
+                "lrpe.theta" if rounded => 2.0 * engine.bound(3e-6, true),
+                _ => engine.bound(3e-6, true),
+            };
+            assert!(errors.iter().all(|e| e.1 <= most(e.0)), "{engine:?}: {errors:?}");
         }
         Ok(())
     }
