@@ -151,9 +151,9 @@ impl<E: Storage> Packing<'_, E> {
         unsafe {
             match form {
                 Form::Pairs => self.pairs::<PARTS, CAREFUL>(rounding),
-                Form::Columns => self.columns::<PARTS, CAREFUL>(rounding),
+                Form::Columns => self.blocks::<PARTS, true, CAREFUL>(rounding),
                 Form::Rows => self.rows::<PARTS, CAREFUL>(rounding),
-                Form::Transposed => self.transposed::<PARTS, CAREFUL>(rounding),
+                Form::Transposed => self.blocks::<PARTS, false, CAREFUL>(rounding),
             }
         }
     }
@@ -265,22 +265,31 @@ impl<E: Storage> Packing<'_, E> {
     ) {
         let [k, width] = self.size;
         let whole = if CAREFUL || width < STEP { 0 } else { k / 2 * 2 };
-        // SAFETY: as for `pair` and `put`.
+        // SAFETY: as for `row_pair`.
         unsafe {
             for p in (0..whole).step_by(2) {
-                for half in [0, N] {
-                    let x = self.pair::<PARTS, true, CAREFUL>(rounding, [p, k], [half, width]);
-                    for part in 0..PARTS {
-                        self.put(part, p * STEP + 2 * half, x[part]);
-                    }
-                }
+                self.row_pair::<PARTS, true, CAREFUL>(rounding, p);
             }
             for p in (whole..k.next_multiple_of(STEP)).step_by(2) {
-                for half in [0, N] {
-                    let x = self.pair::<PARTS, false, CAREFUL>(rounding, [p, k], [half, width]);
-                    for part in 0..PARTS {
-                        self.put(part, p * STEP + 2 * half, x[part]);
-                    }
+                self.row_pair::<PARTS, false, CAREFUL>(rounding, p);
+            }
+        }
+    }
+
+    /// Rows `p` and `p + 1` of a panel.
+    #[inline(always)]
+    unsafe fn row_pair<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
+        &mut self,
+        rounding: &mut Rounding<CAREFUL>,
+        p: usize,
+    ) {
+        let [k, width] = self.size;
+        for half in [0, N] {
+            // SAFETY: as for `pair` and `put`.
+            unsafe {
+                let x = self.pair::<PARTS, WHOLE, CAREFUL>(rounding, [p, k], [half, width]);
+                for part in 0..PARTS {
+                    self.put(part, p * STEP + 2 * half, x[part]);
                 }
             }
         }
@@ -310,98 +319,63 @@ impl<E: Storage> Packing<'_, E> {
         }
     }
 
+    /// What is transposed on the way, of [`Form::Columns`] if `PANEL`, of [`Form::Transposed`] if not.
     #[inline(always)]
-    unsafe fn columns<const PARTS: usize, const CAREFUL: bool>(
+    unsafe fn blocks<const PARTS: usize, const PANEL: bool, const CAREFUL: bool>(
         &mut self,
         rounding: &mut Rounding<CAREFUL>,
     ) {
-        let [k, width] = self.size;
-        for half in [0, N] {
+        let [a, b] = self.size;
+        // Both halves of a panel are written, however narrow it is.
+        let (n, k, all) = if PANEL { (b, a, STEP) } else { (a, b, a) };
+        for i in (0..all).step_by(N) {
             for p in (0..k).step_by(STEP) {
-                // SAFETY: as for `column_block`.
+                // SAFETY: as for `block`.
                 unsafe {
-                    if !CAREFUL && half + N <= width && p + STEP <= k {
-                        self.column_block::<PARTS, true, CAREFUL>(rounding, half, p);
+                    if !CAREFUL && i + N <= n && p + STEP <= k {
+                        self.block::<PARTS, PANEL, true, CAREFUL>(rounding, [i, n], [p, k]);
                     } else {
-                        self.column_block::<PARTS, false, CAREFUL>(rounding, half, p);
+                        self.block::<PARTS, PANEL, false, CAREFUL>(rounding, [i, n], [p, k]);
                     }
                 }
             }
         }
     }
 
-    /// Steps `p .. p + 32` of sixteen columns.
+    /// Steps `p .. p + 32` of `k`, of columns or rows `i .. i + 16` of `n`.
     #[inline(always)]
-    unsafe fn column_block<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
+    unsafe fn block<
+        const PARTS: usize,
+        const PANEL: bool,
+        const WHOLE: bool,
+        const CAREFUL: bool,
+    >(
         &mut self,
         rounding: &mut Rounding<CAREFUL>,
-        half: usize,
-        p: usize,
+        [i, n]: [usize; 2],
+        [p, k]: [usize; 2],
     ) {
-        let [k, width] = self.size;
-        // SAFETY: as for `line` and `put`.
-        unsafe {
-            let mut x = [[_mm512_setzero_si512(); N]; PARTS];
-            for c in 0..N {
-                if WHOLE || half + c < width {
-                    let line = self.line::<PARTS, WHOLE, CAREFUL>(rounding, half + c, [p, k]);
-                    for part in 0..PARTS {
-                        x[part][c] = line[part];
-                    }
-                }
-            }
-            for part in 0..PARTS {
-                let x = transpose(x[part]);
-                for r in 0..N {
-                    self.put(part, (p + 2 * r) * STEP + 2 * half, x[r]);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn transposed<const PARTS: usize, const CAREFUL: bool>(
-        &mut self,
-        rounding: &mut Rounding<CAREFUL>,
-    ) {
-        let [m, k] = self.size;
-        for i in (0..m).step_by(N) {
-            for p in (0..k).step_by(STEP) {
-                // SAFETY: as for `transposed_block`.
-                unsafe {
-                    if !CAREFUL && i + N <= m && p + STEP <= k {
-                        self.transposed_block::<PARTS, true, CAREFUL>(rounding, i, p);
-                    } else {
-                        self.transposed_block::<PARTS, false, CAREFUL>(rounding, i, p);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Steps `p .. p + 32` of rows `i .. i + 16`.
-    #[inline(always)]
-    unsafe fn transposed_block<const PARTS: usize, const WHOLE: bool, const CAREFUL: bool>(
-        &mut self,
-        rounding: &mut Rounding<CAREFUL>,
-        i: usize,
-        p: usize,
-    ) {
-        let [m, k] = self.size;
-        let stride = k.next_multiple_of(STEP);
-        // SAFETY: as for `pair` and `put`.
+        // SAFETY: as for `line`, `pair` and `put`.
         unsafe {
             let mut x = [[_mm512_setzero_si512(); N]; PARTS];
             for r in 0..N {
-                let pair = self.pair::<PARTS, WHOLE, CAREFUL>(rounding, [p + 2 * r, k], [i, m]);
+                let parts = if !PANEL {
+                    self.pair::<PARTS, WHOLE, CAREFUL>(rounding, [p + 2 * r, k], [i, n])
+                } else if WHOLE || i + r < n {
+                    self.line::<PARTS, WHOLE, CAREFUL>(rounding, i + r, [p, k])
+                } else {
+                    continue;
+                };
                 for part in 0..PARTS {
-                    x[part][r] = pair[part];
+                    x[part][r] = parts[part];
                 }
             }
+            let stride = k.next_multiple_of(STEP);
             for part in 0..PARTS {
                 let x = transpose(x[part]);
-                for c in 0..N {
-                    self.put(part, (i + c) * stride + p, x[c]);
+                for r in 0..N {
+                    let at = if PANEL { (p + 2 * r) * STEP + 2 * i } else { (i + r) * stride + p };
+                    self.put(part, at, x[r]);
                 }
             }
         }

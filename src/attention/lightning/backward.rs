@@ -14,6 +14,7 @@ use super::task::{self, Run};
 use super::{LightningAttention, OP, longest, reverse};
 use crate::attention::{Gradients, Inputs, State};
 use crate::error::{Result, expect_shape};
+use crate::kernels::staging::each_row;
 use crate::runtime::Runtime;
 use crate::scratch::{Cut, bytes_of};
 use crate::tensor::{Element, View, ViewMut};
@@ -156,9 +157,7 @@ pub(in crate::attention) fn gradients<E: Element>(
     task::run(rt, op, [dout, v, k], dq, start, cut.reborrow());
     let copy = match &mut dstate {
         Some(state) => {
-            let all = (0..batch * heads * width).zip(sums.chunks_exact_mut(values.max(1)));
-            for (i, to) in all {
-                let at = [i / width / heads, i / width % heads, i % width, 0];
+            for (at, to) in each_row(rows).zip(sums.chunks_exact_mut(values.max(1))) {
                 to.copy_from_slice(state.row_mut(at));
             }
             Some(ViewMut::new(&mut *sums, rows)?)
